@@ -1,0 +1,31 @@
+"""pullback: train systems of modules with the geometry they really have.
+
+A metric of the outputs is pulled back through the modules, beside the gradient, and inverted in the small
+space it came from. See the README for the loop and ``docs/`` for the mathematics.
+"""
+
+from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
+from pullback.metric import Bernoulli, Categorical, Custom, Gaussian, OutputMetric, Sampled
+from pullback.optim import Coverage, Damping, GaussNewton, LayerwiseMetric, StepRecord
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Coverage",
+    "CoverageError",
+    "Custom",
+    "Damping",
+    "GaussNewton",
+    "Gaussian",
+    "LayerwiseMetric",
+    "MetricError",
+    "MixingError",
+    "OutputMetric",
+    "PullbackError",
+    "Sampled",
+    "StepError",
+    "StepRecord",
+    "__version__",
+]

@@ -1,0 +1,48 @@
+"""The coverage report: from observed rows, not from module types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from pullback.curvature import Block
+from pullback.optim.record import Coverage, Covered
+from pullback.tape import Tape
+
+
+def report(model: nn.Module, blocks: Sequence[Block], tape: Tape) -> Coverage:
+    """How each parameter was treated in the last step.
+
+    Args:
+        model: the model.
+        blocks: blocks of the last linearisation; empty before the first step.
+        tape: the tape, for the sweep and the metric.
+    """
+    by_parameter = {id(p): block for block in blocks for p in block.params}
+    entries = []
+    for name, p in model.named_parameters():
+        block = by_parameter.get(id(p))
+        if not p.requires_grad:
+            entries.append(Covered(name, p.numel(), "frozen", "requires_grad is False"))
+        elif block is not None:
+            if tape.metric.exact:
+                entries.append(Covered(name, p.numel(), "exact", f"{block.rule} rule"))
+            else:
+                why = f"{block.rule} rule, {tape.metric!r}"
+                entries.append(Covered(name, p.numel(), "sampled", why))
+        elif blocks:
+            entries.append(Covered(name, p.numel(), "unused", "the loss did not depend on it"))
+        else:
+            entries.append(Covered(name, p.numel(), "pending", "no step yet"))
+    return Coverage(tuple(entries), _sweep(tape))
+
+
+def _sweep(tape: Tape) -> str:
+    if not tape.plans:
+        return "none yet"
+    plan = list(tape.plans.values())[-1]
+    if not plan.seconds:
+        return plan.strategy
+    timed = ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in sorted(plan.seconds.items(), key=lambda i: i[1]))
+    return f"{plan.strategy} (timed once: {timed})"

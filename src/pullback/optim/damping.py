@@ -1,0 +1,136 @@
+r"""Control of the damping: Nielsen's gain ratio on one batch, the slope test across batches.
+
+On one batch the ratio of actual to predicted decrease tells how far the quadratic model holds, and Nielsen's
+rule follows it (theory 3). Across batches that ratio is misleading: a step that solves its own batch to the
+bottom has a ratio of 1 and is worthless on the next. There the next batch's gradient, which the loop computes
+anyway, is asked about the step just taken (derived in docs/theory):
+
+.. math:: r = \frac{g_{t+1} \cdot s_t}{|g_t \cdot s_t|}
+
+r < 0: the loss still falls along the step on fresh data, it could have been longer; r > 0: it was too long.
+Mu is multiplied by :math:`\exp(\tfrac12 (\bar r - 0.2))`, with r averaged over about two steps. The 0.2 is a
+tolerance: stopping at the bottom of every single step is greedy and ends in tiny steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pullback.optim.options import Damping
+
+#: Overshoot along a step that is tolerated, how strongly mu answers, and the memory of the average.
+TOLERANCE, ANSWER, MEMORY = 0.2, 0.5, 0.5
+
+
+@dataclass
+class Taken:
+    """A step that was kept, until the next batch judges it.
+
+    Attributes:
+        loss: trial loss after it on its own batch, None without a trial.
+        gain: actual over predicted decrease, None if below the resolution of the loss.
+        slope: g . s on its own batch.
+        mu: damping at the start of the step, before trials that failed.
+        step: s by parameter.
+    """
+
+    loss: float | None
+    gain: float | None
+    slope: float
+    mu: float
+    step: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class DampingControl:
+    """State of the damping.
+
+    Attributes:
+        options: the user's choice.
+        mu: present damping, absolute; None before the first step.
+        nu: growth factor of the next failure; it doubles with each in a row.
+        mean: running average of r and its weight.
+        taken: the step that waits for its judgement.
+    """
+
+    options: Damping
+    mu: float | None = None
+    nu: float = 2.0
+    mean: tuple[float, float] = (0.0, 0.0)
+    taken: Taken | None = None
+
+    def start(self, unit: float, loss: float, grads: dict[int, Tensor], dtype: torch.dtype) -> float:
+        """Judge the last step by this batch; returns the damping to try first.
+
+        Args:
+            unit: mean diagonal of the Gram, in which damping is bounded.
+            loss: loss of this batch before the step, nan if unknown.
+            grads: gradient of this batch by parameter.
+            dtype: dtype of the model.
+        """
+        unit = unit if unit > 0 else 1.0
+        if self.mu is None or self.options.control == "fixed":
+            self.mu = self.options.initial * unit
+        elif self.taken is not None:
+            self._judge(self.taken, loss, grads, dtype)
+        self.taken = None
+        smallest = self.options.smallest
+        if smallest is None:
+            smallest = 1e-13 if dtype == torch.float64 else 1e-7
+        self.mu = min(max(self.mu, smallest * unit), self.options.largest * unit)
+        return self.mu
+
+    def _judge(self, taken: Taken, loss: float, grads: dict[int, Tensor], dtype: torch.dtype) -> None:
+        assert self.mu is not None
+        resolution = 64 * torch.finfo(dtype).eps
+        if taken.loss is not None and abs(loss - taken.loss) <= resolution * abs(loss):
+            # The loss stands where the trial left it: the same batch (in whatever order).
+            if taken.gain is not None:
+                self.mu *= max(1 / 3, 1 - (2 * taken.gain - 1) ** 3)
+                self.nu = 2.0
+            return
+        self.mu = min(self.mu, 2 * taken.mu)
+        self.nu = 2.0
+        slope = sum(float((grads[key] * s).sum()) for key, s in taken.step.items() if key in grads)
+        if taken.slope == 0 or not math.isfinite(slope):
+            return
+        value, weight = self.mean
+        value = MEMORY * value + (1 - MEMORY) * slope / abs(taken.slope)
+        weight = MEMORY * weight + (1 - MEMORY)
+        self.mean = (value, weight)
+        r = min(1.0, max(-1.0, value / weight - TOLERANCE))
+        self.mu *= math.exp(ANSWER * r)
+
+    def fail(self) -> float:
+        """A step was undone; the damping to try next."""
+        assert self.mu is not None
+        self.mu *= self.nu
+        self.nu *= 2.0
+        return self.mu
+
+    def state(self, order: list[int]) -> dict[str, Any]:
+        """Plain state for a checkpoint.
+
+        Args:
+            order: ids of all parameters, in their order.
+        """
+        taken = None
+        if self.taken is not None:
+            t = self.taken
+            steps = [t.step.get(key) for key in order]
+            taken = {"loss": t.loss, "gain": t.gain, "slope": t.slope, "mu": t.mu, "step": steps}
+        return {"mu": self.mu, "nu": self.nu, "mean": self.mean, "taken": taken}
+
+    def load(self, state: dict[str, Any], order: list[int]) -> None:
+        """Continue from :meth:`state`."""
+        self.mu, self.nu, self.mean = state["mu"], state["nu"], tuple(state["mean"])
+        self.taken = None
+        if state["taken"] is not None:
+            saved = dict(state["taken"])
+            steps = zip(order, saved.pop("step"), strict=True)
+            self.taken = Taken(**saved, step={key: s.clone() for key, s in steps if s is not None})

@@ -1,0 +1,42 @@
+"""Options: small frozen objects, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Control = Literal["gain", "slope", "fixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """How the mass mu of the metric M = mu I + U^T U is chosen.
+
+    Attributes:
+        initial: first mu, relative to the mean diagonal of the Gram U U^T at the first step.
+        control: ``"gain"`` tries each step on its own batch, undoes it if it raises the loss, and adapts mu:
+            by the gain ratio while the batch stays the same, by the slope that the next batch finds along
+            the step when batches change. ``"slope"`` does the latter without a trial loss. ``"fixed"``
+            keeps mu relative to the mean diagonal of the Gram and takes every step.
+        trials: most steps tried per call of ``step``, each with a larger mu than the one before.
+        smallest: lower bound of mu relative to the mean diagonal of the Gram; None takes what the dtype of
+            the solve can resolve.
+        largest: upper bound, likewise.
+    """
+
+    initial: float = 1.0
+    control: Control = "gain"
+    trials: int = 6
+    smallest: float | None = None
+    largest: float = 1e8
+
+    def __post_init__(self) -> None:
+        if not (self.initial > 0 and math.isfinite(self.initial)):
+            raise ValueError(f"Damping(initial=...) must be positive and finite, got {self.initial}.")
+        if self.control not in get_args(Control):
+            raise ValueError(f"Damping(control=...) must be 'gain', 'slope' or 'fixed', got {self.control!r}.")
+        if self.trials < 1:
+            raise ValueError(f"Damping(trials=...) must be at least 1, got {self.trials}.")
+        if self.smallest is not None and not 0 < self.smallest <= self.largest:
+            raise ValueError(f"Damping needs 0 < smallest <= largest, got {self.smallest} and {self.largest}.")

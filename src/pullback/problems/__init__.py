@@ -1,0 +1,53 @@
+"""Real problems and fair races: data, model and loss under a name, and optimizers run on them side by side.
+
+>>> from pullback.problems import Budget, compare, load_problem
+>>> result = compare(load_problem("wine"), "sgd:lr=0.1,adam:lr=1e-2", seeds=1, budget=Budget(steps=3))
+>>> [run.label for run in result.runs]
+['sgd:lr=0.1', 'adam:lr=0.01']
+"""
+
+from pullback.problems import fashion as _fashion  # noqa: F401 (registers its problems)
+from pullback.problems import sklearn_sets as _sklearn_sets  # noqa: F401 (registers its problems)
+from pullback.problems.budget import Budget
+from pullback.problems.comparison import InterruptedComparison, compare
+from pullback.problems.entry import Entry
+from pullback.problems.errors import DataError, MissingExtraError, SpecError
+from pullback.problems.machine import machine, measuring
+from pullback.problems.optimizer_entry import OptimizerEntry
+from pullback.problems.optimizer_spec import OptimizerSpec, parse_optimizer, parse_optimizers
+from pullback.problems.optimizers import optimizer_entries
+from pullback.problems.problem import Problem
+from pullback.problems.record import Comparison, Evaluation, InterruptedRun, Run
+from pullback.problems.registry import entries, load_problem, register
+from pullback.problems.runner import Progress, run
+from pullback.problems.summary import Quartiles, Summary, summarise
+
+__all__ = [
+    "Budget",
+    "Comparison",
+    "DataError",
+    "Entry",
+    "Evaluation",
+    "InterruptedComparison",
+    "InterruptedRun",
+    "MissingExtraError",
+    "OptimizerEntry",
+    "OptimizerSpec",
+    "Problem",
+    "Progress",
+    "Quartiles",
+    "Run",
+    "SpecError",
+    "Summary",
+    "compare",
+    "entries",
+    "load_problem",
+    "machine",
+    "measuring",
+    "optimizer_entries",
+    "parse_optimizer",
+    "parse_optimizers",
+    "register",
+    "run",
+    "summarise",
+]

@@ -1,0 +1,119 @@
+"""The optimizers that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import pullback
+from pullback.problems.errors import SpecError, missing_extra, nearest
+from pullback.problems.muon import MuonWithAdamW
+from pullback.problems.optimizer_entry import OptimizerEntry, Option, Stepper
+
+_Source = Callable[[], Callable[..., Any]]
+_Build = Callable[[nn.Module, nn.Module, dict[str, Any]], Stepper]
+
+
+def optimizer_entries() -> Iterator[OptimizerEntry]:
+    """The optimizers that have a name, ours first.
+
+    Yields:
+        One entry per optimizer; nothing optional is imported.
+    """
+    yield from _ENTRIES.values()
+
+
+def optimizer_entry(name: str) -> OptimizerEntry:
+    """Finds an optimizer by its name.
+
+    Args:
+        name: For instance "adam".
+
+    Returns:
+        The entry.
+
+    Raises:
+        SpecError: If there is none of that name.
+    """
+    if name not in _ENTRIES:
+        raise SpecError(f"there is no optimizer called {name!r}.{nearest(name, _ENTRIES)}")
+    return _ENTRIES[name]
+
+
+def _our_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Makes the option objects of our optimizers from the numbers of the command line."""
+    options = dict(options)
+    samples, damping = options.pop("samples"), options.pop("damping")
+    if samples is not None:
+        if samples < 1:
+            raise ValueError(f"samples is {samples}; give 1 or more.")
+        # The seed of the run, so that seeds differ in the draws as well.
+        options["metric"] = pullback.Sampled(m=samples, seed=torch.initial_seed())
+    if damping is not None:
+        options["damping"] = pullback.Damping(initial=damping)
+    return options
+
+
+def _our_entry(name: str, source: Callable[..., Any], summary: str) -> OptimizerEntry:
+    return OptimizerEntry(
+        name,
+        summary,
+        source=lambda: source,
+        build=lambda model, criterion, options: source(model, criterion, **_our_options(options)),
+        extra={"samples": Option(int | None, None), "damping": Option(float | None, None)},
+    )
+
+
+def _soap() -> Callable[..., Any]:
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise missing_extra("the optimizer soap", "pytorch_optimizer", "peers") from error
+    source: Callable[..., Any] = SOAP
+    return source
+
+
+def _on_parameters(source: _Source) -> _Build:
+    return lambda model, _criterion, options: source()(model.parameters(), **options)
+
+
+def _peer(name: str, summary: str, source: _Source, **others: Any) -> OptimizerEntry:
+    return OptimizerEntry(name, summary, source, _on_parameters(source), **others)
+
+
+_ENTRIES = {
+    entry.name: entry
+    for entry in (
+        _our_entry(
+            "layerwise-metric",
+            pullback.LayerwiseMetric,
+            "ours: the output metric pulled back, one block per layer",
+        ),
+        _our_entry(
+            "gauss-newton",
+            pullback.GaussNewton,
+            "ours: the output metric pulled back to all parameters at once",
+        ),
+        _peer("sgd", "torch.optim.SGD", lambda: torch.optim.SGD),
+        _peer("adam", "torch.optim.Adam", lambda: torch.optim.Adam),
+        _peer("adamw", "torch.optim.AdamW", lambda: torch.optim.AdamW),
+        _peer(
+            "lbfgs",
+            "torch.optim.LBFGS, here with its line search; one step is up to max_iter iterations",
+            lambda: torch.optim.LBFGS,
+            extra={"line_search_fn": Option(str | None, "strong_wolfe")},
+            closure=True,
+        ),
+        OptimizerEntry(
+            "muon",
+            "torch.optim.Muon for the 2-D weights, AdamW for what is not a matrix",
+            source=lambda: torch.optim.Muon,
+            build=lambda model, _criterion, options: MuonWithAdamW(model, **options),
+            extra={"adamw_lr": Option(float, 1e-3), "adamw_weight_decay": Option(float, 1e-2)},
+        ),
+        _peer("soap", "SOAP of pytorch_optimizer (an optional package)", _soap),
+    )
+}

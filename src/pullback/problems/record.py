@@ -1,0 +1,165 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from pullback.problems.options import Value, format_spec
+
+Json: TypeAlias = dict[str, Any]
+
+INTERRUPTED = "interrupted"
+
+
+class Evaluation(NamedTuple):
+    """The state of a run at one moment.
+
+    Attributes:
+        seconds: Charged seconds: training steps only.
+        step: Steps taken.
+        loss: The criterion on all training data, in eval mode; may be NaN or infinite.
+        test: The test metric, or None if the problem has no test data.
+    """
+
+    seconds: float
+    step: int
+    loss: float
+    test: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer on one problem with one seed.
+
+    Attributes:
+        optimizer: The optimizer's name.
+        options: Its options other than defaults.
+        seed: Drives the model's initial parameters and the order of the batches.
+        steps: Steps taken.
+        seconds: Charged wall-clock seconds: training steps only.
+        cpu_seconds: Processor seconds of the same steps, all threads together.
+        history: Evaluations, the first before any step; never empty unless the run was interrupted at once.
+        targets: Training losses whose time of arrival is asked for.
+        failure: Why the run ended early, one line, or None.
+        coverage: How the optimizer treated each parameter, if it says so.
+    """
+
+    optimizer: str
+    options: dict[str, Value]
+    seed: int
+    steps: int
+    seconds: float
+    cpu_seconds: float
+    history: tuple[Evaluation, ...]
+    targets: tuple[float, ...] = ()
+    failure: str | None = None
+    coverage: str | None = None
+
+    @property
+    def label(self) -> str:
+        """``name:key=value,...``."""
+        return format_spec(self.optimizer, self.options)
+
+    @property
+    def loss(self) -> float | None:
+        """The last training loss, None if it is not finite."""
+        return _finite(self.history[-1].loss) if self.history else None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The least training loss, None if none was finite."""
+        losses = [evaluation.loss for evaluation in self.history if math.isfinite(evaluation.loss)]
+        return min(losses, default=None)
+
+    @property
+    def test(self) -> float | None:
+        """The last test metric, None if there is none or it is not finite."""
+        return _finite(self.history[-1].test) if self.history else None
+
+    @property
+    def ms_per_step(self) -> float | None:
+        """Charged milliseconds per step, None before the first step."""
+        return 1e3 * self.seconds / self.steps if self.steps else None
+
+    @property
+    def reached(self) -> dict[float, float | None]:
+        """For each target level the charged seconds of the first evaluation at or below it, None if never."""
+        return {
+            level: next((evaluation.seconds for evaluation in self.history if evaluation.loss <= level), None)
+            for level in self.targets
+        }
+
+    def to_json(self) -> Json:
+        """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
+
+        Returns:
+            A dictionary; whatever is not finite is None.
+        """
+        return {
+            "optimizer": self.optimizer,
+            "options": {key: _plain(value) for key, value in self.options.items()},
+            "seed": self.seed,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "ms_per_step": self.ms_per_step,
+            "loss": self.loss,
+            "best_loss": self.best_loss,
+            "test": self.test,
+            "history": [[_plain(number) for number in evaluation] for evaluation in self.history],
+            "reached": {f"{level:g}": seconds for level, seconds in self.reached.items()},
+            "failure": self.failure,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs on one problem.
+
+    Attributes:
+        problem: The problem's name.
+        metric: The name of its test metric.
+        machine: What the times were measured on, from `pullback.problems.machine.machine`.
+        runs: The runs, in the order they were made.
+    """
+
+    problem: str
+    metric: str
+    machine: dict[str, str | int]
+    runs: tuple[Run, ...]
+
+    def to_json(self) -> Json:
+        """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
+
+        Returns:
+            A dictionary with the keys problem, machine and runs.
+        """
+        return {
+            "problem": self.problem,
+            "machine": self.machine,
+            "runs": [run.to_json() for run in self.runs],
+        }
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """Ctrl-C during a run; carries what was reached.
+
+    Attributes:
+        run: The record so far, its failure "interrupted".
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(INTERRUPTED)
+        self.run = run
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _plain(value: Value) -> Any:
+    if isinstance(value, float):
+        return _finite(value)
+    return list(value) if isinstance(value, tuple) else value

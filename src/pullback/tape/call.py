@@ -1,0 +1,123 @@
+"""What is remembered of a module call, and the factors that were pulled back to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pullback.errors import CoverageError
+
+_clock = itertools.count()
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a nest of tuples, lists and dicts, in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Call:
+    """One call of one module: what went in, and nothing that would keep the graph alive.
+
+    It is stored in the metadata of the autograd node that produced the output and dies with it, so a
+    forward pass without backward leaves nothing behind. It must never refer to that node: the cycle would
+    run through C++ and could not be collected.
+
+    Attributes:
+        module: the module.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        order: position in time among all calls.
+        outputs: number of tensors it returned.
+    """
+
+    __slots__ = ("_versions", "args", "kwargs", "module", "order", "outputs")
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.outputs = outputs
+        self.order = next(_clock)
+        self._versions = [t._version for t in args if isinstance(t, Tensor)]
+
+    def batch(self) -> int | None:
+        """Length of the first axis of the first tensor argument; None without one."""
+        for t in tensors((self.args, self.kwargs)):
+            if t.ndim:
+                return int(t.shape[0])
+        return None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first tensor argument without its first axis."""
+        for t in self.args:
+            if isinstance(t, Tensor):
+                return tuple(t.shape[1:])
+        return ()
+
+    def check_inputs(self, name: str) -> None:
+        """Refuse inputs that were overwritten after the call.
+
+        Args:
+            name: the module's name, for the message.
+
+        Raises:
+            CoverageError: if an in-place operation changed an input since.
+        """
+        now = [t._version for t in self.args if isinstance(t, Tensor)]
+        if now != self._versions:
+            raise CoverageError(
+                f"The input of module '{name}' was changed in place after the call, so its rows are lost; "
+                "write y = f(x) instead of f_(x) or x += ... there."
+            )
+
+
+class RootCall(Call):
+    """A call of the whole model, which can be replayed.
+
+    Attributes:
+        rng: state of the CPU generator before the call, None if the call drew nothing.
+        grad: whether an input required grad (the replay then records a graph too).
+    """
+
+    __slots__ = ("grad", "rng")
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
+        super().__init__(module, args, kwargs, outputs)
+        self.rng: Tensor | None = None
+        self.grad = any(t.requires_grad for t in tensors((args, kwargs)))
+
+
+@dataclass
+class CallFactor:
+    """A call with the factor at its outputs.
+
+    Attributes:
+        call: the call.
+        r: factor columns.
+        parts: the factor at each returned tensor, shape (r, batch, ...), None where it does not reach.
+    """
+
+    call: Call
+    r: int
+    parts: list[Tensor | None] = field(default_factory=list)
+
+    def input(self) -> Tensor:
+        """The first argument, detached."""
+        x = self.call.args[0] if self.call.args else next(iter(self.call.kwargs.values()))
+        assert isinstance(x, Tensor)
+        return x.detach()
+
+    def factor(self) -> Tensor:
+        """The factor at the only output, shape (r, batch, ...)."""
+        (part,) = self.parts
+        assert isinstance(part, torch.Tensor)
+        return part

@@ -1,0 +1,108 @@
+"""What is checked once per structure of calls: samples are apart, and rows reproduce the gradient.
+
+Both checks run real backward passes through the user's own graph, so they see what no list of module types
+could: samples mixed by a centring written by hand, time folded in the wrong order, a weight used twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pullback.errors import MixingError
+from pullback.tape import sweep
+from pullback.tape.call import RootCall
+from pullback.tape.graph import Reached
+from pullback.tape.plan import Names, Unit
+from pullback.tape.recorder import Recorder
+from pullback.tape.term import LossUse, gather, one_sample
+
+
+def mixed_calls(use: LossUse, found: Reached, N: int) -> set[int]:
+    """Ids of calls at whose output one sample's cotangent has entries for another sample.
+
+    Args:
+        use: the use of the loss.
+        found: the calls that reach its prediction.
+        N: samples.
+    """
+    if N < 2:
+        return set()
+    which = N // 2
+    columns = sweep.loop(use.edge, found.edges, one_sample(use.z, N, which))
+    mixed = set()
+    for (call, _), part in zip(found.flat, columns, strict=True):
+        if part.shape[1] % N:
+            mixed.add(id(call))
+            continue
+        apart = part[0].reshape(N, -1).clone()
+        apart[which] = 0
+        if bool((apart != 0).any()):
+            mixed.add(id(call))
+    return mixed
+
+
+def missed(
+    units: Sequence[Unit], use: LossUse, found: Reached, names: Names, N: int, costate: Tensor
+) -> dict[int, float]:
+    """Parameters whose rows, fed with the costate, miss the gradient that autograd finds.
+
+    Args:
+        units: who gives rows to whom.
+        use: the use of the loss.
+        found: the calls that reach its prediction.
+        names: where parameters live.
+        N: samples.
+        costate: gradient of the loss at the prediction.
+
+    Returns:
+        Relative error by id of the parameter; empty if all agree.
+    """
+    params = {k: p for k, p in found.params.items() if p.requires_grad and k in names.places}
+    if not params:
+        return {}
+    true = torch.autograd.grad(use.edge, list(params.values()), costate, retain_graph=True)
+    factors = gather(found, sweep.loop(use.edge, found.edges, costate[None]), 1)
+    ours = {k: torch.zeros_like(p) for k, p in params.items()}
+    for unit in units:
+        rows = unit.rows(factors[id(unit.module)], N)
+        total = rows.rmatvec(costate.new_ones(N))
+        for p, g in zip(rows.params, rows.split(total), strict=True):
+            ours[id(p)] += g
+    norm = sum(float(g.square().sum()) for g in true) ** 0.5
+    wrong = {}
+    for (key, _), g in zip(params.items(), true, strict=True):
+        eps = torch.finfo(g.dtype).eps
+        miss, scale = float((ours[key] - g).norm()), float(g.norm())
+        if not miss <= eps**0.5 * scale + 1e3 * eps * norm:
+            wrong[key] = miss / max(scale, torch.finfo(g.dtype).tiny)
+    return wrong
+
+
+def refuse_mixing(found: Reached, mixed: set[int], recorder: Recorder) -> None:
+    """Name the culprit when samples are mixed.
+
+    Args:
+        found: the calls that reach the prediction.
+        mixed: what :func:`mixed_calls` found.
+        recorder: for the names.
+
+    Raises:
+        MixingError: if a layer normalises over the batch, or the model's own output mixes samples.
+    """
+    for call, _ in found.calls:
+        m = call.module
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+            raise MixingError(
+                f"'{recorder.name_of(m)}' ({type(m).__name__}) mixes the samples of a batch in training mode, so the "
+                "metric has no rows; call .eval() on it after warming up its statistics, or use GroupNorm or "
+                "LayerNorm."
+            )
+    for call, _ in found.calls:
+        if isinstance(call, RootCall) and id(call) in mixed:
+            raise MixingError(
+                "The model's output for one sample depends on other samples of the batch, so the metric has no rows; "
+                "the batch must be the first axis throughout, with no layer mixing along it."
+            )

@@ -1,0 +1,146 @@
+"""Who gives each parameter its rows: decided once per structure of calls, from what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from pullback.errors import CoverageError
+from pullback.tape.call import Call, CallFactor
+from pullback.tape.rules import Rows, find_rule, generic_rows
+from pullback.tape.sweep import Strategy
+
+
+@dataclass
+class Unit:
+    """A module and those of its parameters that get their rows from its calls.
+
+    Attributes:
+        module: the module whose calls are read.
+        name: its name in the model.
+        wanted: names of the parameters, relative to the module.
+    """
+
+    module: nn.Module
+    name: str
+    wanted: list[str] = field(default_factory=list)
+
+    def rows(self, calls: Sequence[CallFactor], N: int) -> Rows:
+        """Rows of the wanted parameters from the module's calls in one term."""
+        rule = find_rule(self.module)
+        if rule is None or any("." in name for name in self.wanted):
+            return generic_rows(self.module, calls, self.wanted, N)
+        return rule[0](self.module, calls, frozenset(self.wanted), N)
+
+
+@dataclass
+class Plan:
+    """Everything decided once for a structure of calls.
+
+    Attributes:
+        units: who gives rows to whom.
+        strategy: how columns are swept.
+        seconds: what each strategy took when it was timed.
+    """
+
+    units: list[Unit]
+    strategy: Strategy = "loop"
+    seconds: dict[Strategy, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules = {id(unit.module) for unit in self.units}
+
+
+class Names:
+    """Where every parameter lives in a model, tied ones at each of their places.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.places: dict[int, list[tuple[str, str]]] = {}
+        self.full: dict[int, str] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            owner, _, leaf = name.rpartition(".")
+            self.places.setdefault(id(p), []).append((owner, leaf))
+            self.full.setdefault(id(p), name)
+
+    def ancestors(self, places: Iterable[tuple[str, str]]) -> list[str]:
+        """Modules that hold all the places, the nearest first; '' is the model."""
+        split = [owner.split(".") if owner else [] for owner, _ in places]
+        common = []
+        for parts in zip(*split, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        return [".".join(common[:k]) for k in range(len(common), -1, -1)]
+
+
+def usable_calls(calls: Iterable[Call], N: int, mixed: set[int]) -> dict[int, list[Call]]:
+    """Calls by module id, of the modules every call of which treats N samples apart.
+
+    Args:
+        calls: the calls that reach the prediction.
+        N: samples.
+        mixed: ids of calls at whose output one sample's factor has entries for other samples.
+    """
+    good: dict[int, list[Call]] = {}
+    bad: set[int] = set()
+    for call in calls:
+        rule = find_rule(call.module)
+        folds = rule is not None and rule[1]
+        batch = call.batch()
+        fits = batch is not None and (batch == N or (folds and batch % N == 0))
+        if not fits or id(call) in mixed:
+            bad.add(id(call.module))
+        good.setdefault(id(call.module), []).append(call)
+    return {module: found for module, found in good.items() if module not in bad}
+
+
+def assign(
+    names: Names, usable: dict[int, list[Call]], reached: dict[int, Tensor], forced: Set[int] = frozenset()
+) -> list[Unit]:
+    """Give every reached parameter to the calls of the modules that own it.
+
+    A parameter whose owners were not called as modules (``MultiheadAttention.out_proj``), or were called
+    without a batch (a table of positions), goes to the nearest module above that was.
+
+    Args:
+        names: where parameters live.
+        usable: calls that can be read, by module id.
+        reached: parameters the prediction depends on, by id.
+        forced: parameters to give to the model as a whole.
+
+    Raises:
+        CoverageError: if a parameter has no module above it that can be read.
+    """
+    units: dict[str, Unit] = {}
+
+    def give(owner: str, leaf: str) -> None:
+        unit = units.setdefault(owner, Unit(names.modules[owner], owner))
+        if leaf not in unit.wanted:
+            unit.wanted.append(leaf)
+
+    for key, p in reached.items():
+        if not p.requires_grad or key not in names.places:
+            continue
+        places = names.places[key]
+        own = [place for place in places if id(names.modules[place[0]]) in usable]
+        if own and key not in forced:
+            for owner, leaf in own:
+                give(owner, leaf)
+            continue
+        above = [""] if key in forced else names.ancestors(places)
+        chosen = next((a for a in above if id(names.modules[a]) in usable), None)
+        if chosen is None:
+            raise CoverageError(
+                f"No call was seen that gives parameter '{names.full[key]}' one row per sample; call the "
+                "module that owns it with the batch along the first axis, or freeze the parameter."
+            )
+        full = names.full[key]
+        give(chosen, full.removeprefix(chosen + ".") if chosen else full)
+    return list(units.values())

@@ -1,0 +1,126 @@
+"""Hooks that remember module calls, held so that nothing outlives its use.
+
+Calls are written into the metadata of the autograd node of their output. Nodes live as long as the user's
+graph, hence so do the calls; and since the node is taken inside the hook, an in-place operation that
+follows (``ReLU(inplace=True)``, ``x += skip``) cannot rebind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from pullback.tape.call import Call, RootCall, tensors
+
+_serial = itertools.count()
+
+
+class Hook:
+    """A hook that reaches its owner weakly, and is inert in a copy.
+
+    ``copy.deepcopy(model)`` and pickling carry hooks along; a copy of this one does nothing.
+    """
+
+    def __init__(self, owner: object | None, method: str) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the method of the owner, if it is still there."""
+        owner = None if self._owner is None else self._owner()
+        return None if owner is None else getattr(owner, self._method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Hook, (None, self._method))
+
+
+def notes(node: Node) -> dict[Any, Any]:
+    """The dictionary that lives as long as an autograd node (a property, whatever its stub says)."""
+    return cast("dict[Any, Any]", node.metadata)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class Recorder:
+    """Remembers the calls of a model's modules while gradients are recorded.
+
+    Args:
+        model: the model; it is held weakly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.key = f"pullback-{next(_serial)}"
+        self.enabled = True
+        self.names: dict[int, str] = {id(m): name for name, m in model.named_modules()}
+        self._rng: Tensor | None = None
+        self._handles: list[Any] = []
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        hook = Hook(self, "_called")
+        for module in model.modules():
+            if module is not model and any(True for _ in module.parameters()):
+                self.hold(module.register_forward_hook(hook, with_kwargs=True))
+        self.hold(model.register_forward_pre_hook(Hook(self, "_root_enters")))
+        self.hold(model.register_forward_hook(Hook(self, "_root_called"), with_kwargs=True))
+
+    def hold(self, handle: Any) -> None:
+        """Remove ``handle`` with the others."""
+        self._handles.append(handle)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._finalizer()
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are being remembered right now."""
+        return self.enabled and torch.is_grad_enabled()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def name_of(self, module: nn.Module) -> str:
+        """Name of a module in the model (its class where it has none)."""
+        return self.names.get(id(module)) or type(module).__name__
+
+    def _write(self, call: Call, output: Any) -> None:
+        for index, leaf in enumerate(tensors(output)):
+            # A leaf's node is the parameter's own accumulator, which outlives the graph: leave it alone.
+            if leaf.requires_grad and leaf.grad_fn is not None:
+                edge = get_gradient_edge(leaf)
+                notes(edge.node).setdefault(self.key, []).append((call, index, edge.output_nr))
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.active:
+            self._write(Call(module, args, kwargs, len(tensors(output))), output)
+
+    def _root_enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.active:
+            self._rng = torch.get_rng_state()
+
+    def _root_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.active:
+            call = RootCall(module, args, kwargs, len(tensors(output)))
+            if self._rng is not None and not torch.equal(self._rng, torch.get_rng_state()):
+                call.rng = self._rng
+            self._rng = None
+            self._write(call, output)

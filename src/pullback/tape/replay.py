@@ -1,0 +1,122 @@
+"""Evaluating the loss again at other weights: the captured inputs through the model, no trace left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pullback.errors import StepError
+from pullback.tape.call import tensors
+from pullback.tape.term import Term
+
+
+def replayable(terms: Sequence[Term]) -> bool:
+    """Whether every term can be evaluated without the user's help."""
+    return all(term.use.path is not None and term.use.criterion is not None for term in terms)
+
+
+def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
+    """Loss of the terms at the model's present weights, a scalar without a graph.
+
+    Random draws inside the model repeat those of the captured call (the same dropout mask).
+
+    Args:
+        model: the model.
+        terms: terms of a linearisation, all replayable.
+    """
+    total: Tensor | None = None
+    outputs: dict[int, list[Tensor]] = {}
+    with untouched(model):
+        for term in terms:
+            path = term.use.path
+            assert path is not None
+            root = path.root
+            with torch.set_grad_enabled(root.grad):
+                if id(root) not in outputs:
+                    if root.rng is not None:
+                        torch.set_rng_state(root.rng)
+                    outputs[id(root)] = tensors(model(*root.args, **root.kwargs))
+                value = term.use.evaluate(path.follow(outputs[id(root)])).detach()
+            total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give back the random state and the model's buffers as they were."""
+    rng = torch.get_rng_state()
+    buffers = [(b, b.clone()) for b in model.buffers()] if model.training else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(rng)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+class ClosureReplay:
+    """Evaluates a user's closure again, cheaply and without effect on gradients.
+
+    The model's forward runs without a graph and its output becomes a leaf, so that a closure that calls
+    ``backward`` goes no further than that.
+
+    Args:
+        model: the model.
+        closure: returns the loss; may call ``backward``.
+    """
+
+    def __init__(self, model: nn.Module, closure: Callable[[], Any]) -> None:
+        self.model = model
+        self.closure = closure
+
+    def __call__(self) -> Tensor:
+        """The loss at the model's present weights, detached."""
+        params = list(self.model.parameters())
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        modes: list[bool] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            modes.append(torch.is_grad_enabled())
+            torch.set_grad_enabled(False)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            torch.set_grad_enabled(modes.pop())
+            if isinstance(output, Tensor):
+                return output.detach().requires_grad_()
+            return torch.utils._pytree.tree_map(
+                lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, output
+            )
+
+        handles = [
+            self.model.register_forward_pre_hook(enter),
+            self.model.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with untouched(self.model), torch.enable_grad():
+                return as_loss(self.closure())
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+
+
+def as_loss(value: Any) -> Tensor:
+    """What a closure returned, as a detached scalar.
+
+    Raises:
+        StepError: if it returned no scalar tensor.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = "None" if value is None else f"a {type(value).__name__}"
+        raise StepError(f"The closure returned {got}; it must return the loss as a scalar tensor.")
+    return value.detach().reshape(())

@@ -1,0 +1,138 @@
+"""U of one module in one term: what a rule must supply, and the dense form everything can fall back to.
+
+Index convention: ``a`` factor column, ``n`` sample, ``p`` position inside a sample (time step, pixel, call),
+``o`` output number of the module, ``i`` input number. A row of U is a pair (a, n); R = r N of them, columns
+first. A parameter vector is packed as the concatenation of the flattened parameters, in the order of
+``params``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+#: Numbers that a temporary of a rule may hold; larger ones are worked through in chunks.
+CHUNK_NUMBERS = 1 << 24
+
+
+class Rows(ABC):
+    r"""The rows :math:`U_{(a,n)} = \partial_w \langle s_{an}, f(x_n, w)\rangle` of one module in one term.
+
+    Attributes:
+        params: the parameters the columns belong to, in packing order.
+        r: factor columns.
+        N: samples.
+    """
+
+    #: name of the rule, for the coverage report
+    rule: str = "?"
+
+    def __init__(self, params: Sequence[nn.Parameter], r: int, N: int) -> None:
+        self.params = tuple(params)
+        self.r = r
+        self.N = N
+
+    @property
+    def R(self) -> int:
+        """Number of rows."""
+        return self.r * self.N
+
+    @property
+    def n(self) -> int:
+        """Number of columns, the parameters."""
+        return sum(p.numel() for p in self.params)
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """U U^T, shape (R, R), a fresh tensor."""
+
+    @abstractmethod
+    def matvec(self, delta: Tensor) -> Tensor:
+        """U delta, from packed (n,) to (R,)."""
+
+    @abstractmethod
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """U^T v, from (R,) to packed (n,)."""
+
+    @abstractmethod
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows of samples ``start:stop``, shape (r, samples, n)."""
+
+    @abstractmethod
+    def gram_flops(self) -> float:
+        """Multiply-adds of :meth:`gram`."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same rows in another precision."""
+
+    def primal(self) -> Tensor:
+        """U^T U, shape (n, n), a fresh tensor."""
+        out: Tensor | None = None
+        for U in self.chunks():
+            flat = U.reshape(-1, self.n)
+            out = flat.T @ flat if out is None else out.addmm_(flat.T, flat)
+        assert out is not None
+        return out
+
+    def primal_flops(self) -> float:
+        """Multiply-adds of :meth:`primal`."""
+        return float(self.R) * self.n**2
+
+    def cross(self, other: Rows) -> Tensor:
+        """U U'^T with the rows of another term for the same parameters, shape (R, R')."""
+        return self.dense().reshape(-1, self.n) @ other.dense().reshape(-1, other.n).T
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Dense rows, some samples at a time, each piece within the chunk size."""
+        step = max(1, CHUNK_NUMBERS // max(1, self.r * self.n))
+        for start in range(0, self.N, step):
+            yield self.dense(start, min(start + step, self.N))
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """Views of a packed vector in the parameters' shapes."""
+        pieces = packed.split([p.numel() for p in self.params])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+
+
+class DenseRows(Rows):
+    """Rows held as one array, for parameters that are few or wired in no particular way.
+
+    Args:
+        params: as in :class:`Rows`.
+        U: shape (r, N, n).
+        rule: name for the coverage report.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], U: Tensor, rule: str) -> None:
+        super().__init__(params, U.shape[0], U.shape[1])
+        self.U = U
+        self.rule = rule
+
+    def gram(self) -> Tensor:
+        """See the base class."""
+        flat = self.U.reshape(-1, self.n)
+        return flat @ flat.T
+
+    def matvec(self, delta: Tensor) -> Tensor:
+        """See the base class."""
+        return self.U.reshape(-1, self.n) @ delta
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """See the base class."""
+        return self.U.reshape(-1, self.n).T @ v
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """See the base class."""
+        return self.U[:, start:stop]
+
+    def gram_flops(self) -> float:
+        """See the base class."""
+        return float(self.R) ** 2 * self.n
+
+    def to(self, dtype: torch.dtype) -> DenseRows:
+        """See the base class."""
+        return DenseRows(self.params, self.U.to(dtype), self.rule)

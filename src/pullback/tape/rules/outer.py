@@ -1,0 +1,209 @@
+r"""Rows of every module whose output is linear in its weight: sums of outer products over positions.
+
+.. math:: U_{(a,n)} = \sum_p s_{anp} \otimes \tilde x_{np}
+
+with :math:`\tilde x` the input, extended by 1 where there is a bias. One position gives the formulas of
+theory 2, which never form U. Several positions (sequences, convolutions, repeated calls) are either
+contracted pairwise or summed into rows chunk by chunk, whichever takes fewer operations.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pullback.tape.rules.base import CHUNK_NUMBERS, Rows
+
+
+class OuterRows(Rows):
+    """Rows built from factor rows at the output and something at the input.
+
+    Args:
+        weight: the weight parameter, or None if it takes no part.
+        bias: the bias parameter, or None.
+        s: factor at the module's output, shape (r, N, P, o).
+    """
+
+    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, s: Tensor) -> None:
+        super().__init__([p for p in (weight, bias) if p is not None], s.shape[0], s.shape[1])
+        self.weight = weight
+        self.bias = bias
+        self.s = s
+
+    @property
+    def P(self) -> int:
+        """Positions per sample."""
+        return self.s.shape[2]
+
+    @abstractmethod
+    def inner(self, other: OuterRows) -> Tensor:
+        """Inner products of the inputs (without the bias), shape (N, P, N', P')."""
+
+    @abstractmethod
+    def input_rows(self, start: int, stop: int | None) -> Tensor:
+        """Inputs of some samples as vectors, shape (samples, P, i)."""
+
+    @abstractmethod
+    def push(self, weight: Tensor) -> Tensor:
+        """Change of the output by a change of the weight, shape (N, P, o)."""
+
+    @abstractmethod
+    def pull(self, c: Tensor) -> Tensor:
+        """Gradient of <c, output> with respect to the weight, c of shape (N, P, o); flattened."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Length i of an input vector."""
+
+    # -- the four products ---------------------------------------------------------------------------
+
+    def matvec(self, delta: Tensor) -> Tensor:
+        """See the base class."""
+        pieces = self.split(delta)
+        change: Tensor | None = self.push(pieces[0]) if self.weight is not None else None
+        if self.bias is not None:
+            change = pieces[-1] if change is None else change + pieces[-1]
+        assert change is not None
+        if self.r == 1:
+            return (self.s[0] * change).sum((-2, -1))
+        return (self.s * change).sum((-2, -1)).reshape(-1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """See the base class."""
+        v = v.view(self.r, self.N, 1, 1)
+        c = self.s[0] * v[0] if self.r == 1 else (self.s * v).sum(0)
+        pieces = []
+        if self.weight is not None:
+            pieces.append(self.pull(c))
+        if self.bias is not None:
+            pieces.append(c.sum((0, 1)))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def gram(self) -> Tensor:
+        """See the base class."""
+        if self._pairwise_flops() <= self._summed_flops():
+            return self._pairwise(self)
+        return self._summed()
+
+    def cross(self, other: Rows) -> Tensor:
+        """See the base class."""
+        if type(other) is type(self) and isinstance(other, OuterRows) and self.P * other.P <= 16:
+            return self._pairwise(other)
+        return super().cross(other)
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """See the base class."""
+        return self._form(start, stop, 0, self.s.shape[3])
+
+    def primal(self) -> Tensor:
+        """See the base class; with several columns they are contracted per sample first (r times cheaper)."""
+        if self.P > 1 or self.r == 1 or self.weight is None:
+            return super().primal()
+        o, i = self.s.shape[3], self.width
+        s, x = self.s[:, :, 0], self.input_rows(0, None)[:, 0]
+        metric = torch.einsum("ano,anq->noq", s, s)
+        out = s.new_empty(self.n, self.n)
+        step = max(1, CHUNK_NUMBERS // (o * o + i * i))
+        ww = s.new_zeros(o * o, i * i)
+        for k in range(0, self.N, step):
+            xs = x[k : k + step]
+            moments = (xs[:, :, None] * xs[:, None, :]).reshape(-1, i * i)
+            ww.addmm_(metric[k : k + step].reshape(-1, o * o).T, moments)
+        out[: o * i, : o * i].view(o, i, o, i).copy_(ww.view(o, o, i, i).transpose(1, 2))
+        if self.bias is not None:
+            wb = (metric.reshape(-1, o * o).T @ x).view(o, o, i).transpose(1, 2)
+            out[: o * i, o * i :].view(o, i, o).copy_(wb)
+            out[o * i :, : o * i].view(o, o, i).copy_(wb.permute(2, 0, 1))
+            out[o * i :, o * i :] = metric.sum(0)
+        return out
+
+    # -- costs ----------------------------------------------------------------------------------------
+
+    def gram_flops(self) -> float:
+        """See the base class."""
+        return min(self._pairwise_flops(), self._summed_flops())
+
+    def primal_flops(self) -> float:
+        """See the base class."""
+        structured = self.P == 1 and self.r > 1 and self.weight is not None
+        return float(self.N if structured else self.R) * self.n**2
+
+    def _pairwise_flops(self) -> float:
+        o = self.s.shape[3]
+        return float(self.R * self.P) ** 2 * (o + 2) + float(self.N * self.P) ** 2 * self.width
+
+    def _summed_flops(self) -> float:
+        return float(self.R) ** 2 * self.n + float(self.R) * self.P * self.n
+
+    # -- the two ways to a Gram -------------------------------------------------------------------------
+
+    def _pairwise(self, other: OuterRows) -> Tensor:
+        """K = sum_pq (s_p . s'_q) (x_p . x'_q + 1), sample block by sample block."""
+        x = self.inner(other) if self.weight is not None else None
+        if self.bias is not None:
+            x = x.add_(1.0) if x is not None else self.s.new_ones(self.N, self.P, other.N, other.P)
+        assert x is not None
+        o = self.s.shape[3]
+        if self.P == other.P == 1:
+            K = self.s.reshape(-1, o) @ other.s.reshape(-1, o).T
+            K.view(self.r, self.N, other.r, other.N).mul_(x[:, 0, :, 0][:, None, :])
+            return K
+        out = self.s.new_empty(self.r, self.N, other.r * other.N)
+        right = other.s.reshape(-1, o).T
+        step = max(1, CHUNK_NUMBERS // (self.P * right.shape[1]))
+        for a in range(self.r):
+            for k in range(0, self.N, step):
+                part = (self.s[a, k : k + step].reshape(-1, o) @ right).view(-1, self.P, other.r, other.N, other.P)
+                part.mul_(x[k : k + step, :, None])
+                out[a, k : k + step] = part.sum((1, 4)).reshape(part.shape[0], -1)
+        return out.view(self.R, other.R)
+
+    def _summed(self) -> Tensor:
+        """K = U U^T from explicit rows, a slice of output numbers at a time."""
+        o = self.s.shape[3]
+        step = max(1, CHUNK_NUMBERS // (self.R * (self.width + 1)))
+        K: Tensor | None = None
+        for k in range(0, o, step):
+            U = self._form(0, None, k, min(k + step, o)).reshape(self.R, -1)
+            K = U @ U.T if K is None else K.addmm_(U, U.T)
+        assert K is not None
+        return K
+
+    def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
+        """Rows of samples start:stop restricted to output numbers o0:o1, shape (r, samples, columns)."""
+        s = self.s[:, start:stop, :, o0:o1]
+        pieces: list[Tensor] = []
+        if self.weight is not None:
+            x = self.input_rows(start, stop)
+            U = s[:, :, 0, :, None] * x[:, 0, None] if self.P == 1 else s.transpose(2, 3) @ x
+            pieces.append(U.flatten(2))
+        if self.bias is not None:
+            pieces.append(s.sum(2))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def held(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter that the module holds itself, None if there is none of that name."""
+    return module._parameters.get(name)
+
+
+def positions(t: Tensor, N: int, lead: int, last: int = 1) -> Tensor:
+    """Fold everything between the samples and the last axis into one axis of positions.
+
+    Args:
+        t: shape (*lead axes, N * P0, ..., *last axes).
+        N: samples.
+        lead: axes before the batch axis (1 for a factor, 0 for an input).
+        last: axes kept at the end.
+    """
+    tail = t.shape[t.ndim - last :]
+    return t.reshape(*t.shape[:lead], N, -1, *tail)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate the positions of several calls."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -1,0 +1,108 @@
+"""Pulling the columns of a factor back through the graph: three ways to the same numbers.
+
+``loop`` runs one backward pass per column. ``vmap`` runs one batched pass; it is quick for multilayer
+perceptrons and slow where an operation has no batching rule. ``fold`` repeats the batch r times in a new
+forward pass and runs one ordinary backward pass. Which is cheapest depends on the model, so it is timed
+once, and a way whose numbers differ from the loop's is never used.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from pullback.errors import CoverageError
+
+Strategy = Literal["loop", "vmap", "fold"]
+
+STRATEGIES: tuple[Strategy, ...] = ("loop", "vmap", "fold")
+
+
+def loop(z: GradientEdge, edges: Sequence[GradientEdge], S: Tensor) -> list[Tensor]:
+    """One backward pass per column.
+
+    Args:
+        z: where the prediction comes from, of shape (B, *out).
+        edges: outputs of the recorded calls.
+        S: cotangents, shape (r, B, *out).
+
+    Returns:
+        For every edge the factor there, shape (r, *shape of that output).
+    """
+    if S.shape[0] == 1:
+        return [g[None] for g in _grad(z, edges, S[0])]
+    columns = [_grad(z, edges, column) for column in S]
+    return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def vmap(z: GradientEdge, edges: Sequence[GradientEdge], S: Tensor) -> list[Tensor]:
+    """All columns in one batched backward pass. Arguments as for :func:`loop`."""
+    with warnings.catch_warnings():
+        # "There is a performance drop because ...": the timing sees it, the user need not.
+        warnings.simplefilter("ignore", UserWarning)
+        return list(_grad(z, edges, S, is_grads_batched=True))
+
+
+def _grad(z: GradientEdge, edges: Sequence[GradientEdge], v: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    # Never allow_unused: an edge that the walk found and the engine does not reach is an error.
+    return torch.autograd.grad(z, edges, v, retain_graph=True, **options)
+
+
+def connected(z: GradientEdge, edges: Sequence[GradientEdge], v: Tensor) -> list[bool]:
+    """Which edges the engine reaches from the prediction; for the message when one is missing."""
+    grads = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True)
+    return [g is not None for g in grads]
+
+
+def agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether two sweeps gave the same factors up to round-off."""
+    for a, b in zip(left, right, strict=True):
+        tolerance = 1e3 * torch.finfo(a.dtype).eps * float(a.abs().amax())
+        if a.shape != b.shape or not float((a - b).abs().amax()) <= tolerance:
+            return False
+    return True
+
+
+def choose(
+    candidates: dict[Strategy, Callable[[], list[Tensor]]], repeats: int = 3
+) -> tuple[Strategy, list[Tensor], dict[Strategy, float]]:
+    """Time the candidates once and take the fastest that agrees with the loop.
+
+    Args:
+        candidates: the ways to sweep, ``loop`` among them.
+        repeats: timed runs of each, of which the best counts.
+
+    Returns:
+        The chosen name, the loop's factors, and the seconds of each way that was usable.
+
+    Raises:
+        CoverageError: if the loop itself fails.
+    """
+    try:
+        reference = candidates["loop"]()
+    except RuntimeError as error:
+        raise CoverageError(
+            f"The factor could not be pulled back through the model ({error}); if it is compiled, give the "
+            "optimizer the original module."
+        ) from error
+    seconds: dict[Strategy, float] = {}
+    for name, run in candidates.items():
+        try:
+            if not agree(reference, run()):
+                continue
+            best = float("inf")
+            for _ in range(repeats):
+                start = time.perf_counter()
+                run()
+                best = min(best, time.perf_counter() - start)
+            seconds[name] = best
+        except RuntimeError:
+            # No batching rule, or a model that cannot take a larger batch: the loop always can.
+            continue
+    return min(seconds, key=lambda k: seconds[k]), reference, seconds

@@ -1,0 +1,120 @@
+"""One use of the loss: a prediction, its metric, and the factors pulled back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from pullback.tape.call import CallFactor, RootCall
+from pullback.tape.graph import Path, Reached
+from pullback.tape.plan import Plan
+
+
+@dataclass
+class LossUse:
+    """A call of the loss that waits for its backward pass.
+
+    It holds the edge of the prediction *before* the loss, never of the alias whose node holds the hook that
+    holds this object: that cycle would leak the graph.
+
+    Attributes:
+        edge: where the prediction comes from.
+        z: the prediction, detached.
+        criterion: the loss module, None for a functional loss.
+        args: what the criterion was called with after the prediction.
+        kwargs: likewise by keyword.
+        value: the loss it returned, detached; None for a functional loss.
+        path: how the prediction came from the model, if it can be replayed.
+        upstream: gradient that reached the loss's output.
+    """
+
+    edge: GradientEdge
+    z: Tensor
+    criterion: nn.Module | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    value: Tensor | None = None
+    path: Path | None = None
+    upstream: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor | None:
+        """The target the criterion was called with, if any."""
+        found = self.args[0] if self.args else (self.kwargs or {}).get("target")
+        return found if isinstance(found, Tensor) else None
+
+    def weighted(self, value: Tensor) -> Tensor:
+        """The share of a loss value in what ``backward`` was called on, a scalar."""
+        return value.sum() if self.upstream is None else (self.upstream * value).sum()
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        """The loss at another prediction, weighted as in the backward pass.
+
+        Args:
+            z: prediction, shape of the captured one.
+        """
+        assert self.criterion is not None
+        return self.weighted(self.criterion(z, *self.args, **(self.kwargs or {})))
+
+
+@dataclass
+class Term:
+    """A swept use of the loss.
+
+    Attributes:
+        use: the use.
+        exact: whether the metric is the metric itself, not a sketch.
+        N: samples.
+        r: factor columns.
+        e0: residual in R-space, shape (r * N,) (zeros under a sketch).
+        factors: calls with their factors, by module id.
+        plan: who gives rows to whom.
+        roots: calls of the model that the prediction depends on.
+        seconds: time of the sweep.
+    """
+
+    use: LossUse
+    exact: bool
+    N: int
+    r: int
+    e0: Tensor
+    factors: dict[int, list[CallFactor]]
+    plan: Plan
+    roots: list[RootCall]
+    seconds: float
+
+    @property
+    def R(self) -> int:
+        """Rows of this term."""
+        return self.r * self.N
+
+
+def gather(found: Reached, columns: Sequence[Tensor], r: int) -> dict[int, list[CallFactor]]:
+    """Sort swept factors by module.
+
+    Args:
+        found: the calls that were swept.
+        columns: factors, one per edge of ``found``.
+        r: factor columns.
+    """
+    out: dict[int, list[CallFactor]] = {}
+    parts = iter(columns)
+    for call, edges in found.calls:
+        factor = CallFactor(call, r, [None] * call.outputs)
+        for index in edges:
+            factor.parts[index] = next(parts)
+        out.setdefault(id(call.module), []).append(factor)
+    return out
+
+
+def one_sample(z: Tensor, N: int, which: int) -> Tensor:
+    """A random cotangent of ``z`` that is zero outside one sample, one column: (1, *z.shape)."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = torch.zeros(N, *z.reshape(N, -1).shape[1:], dtype=z.dtype)
+    v[which] = torch.randn(v.shape[1], generator=generator, dtype=torch.float64).to(z.dtype)
+    return v.to(z.device).view(z.shape)[None]

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pullback.cli import progress as progress_module
+from pullback.cli.progress import RunsBar
+from pullback.cli.render import number, render
+from pullback.problems import Comparison, Evaluation, Progress, Run
+
+
+def comparison() -> Comparison:
+    def make(seed: int, options: dict[str, float], loss: float, failure: str | None = None) -> Run:
+        history = (Evaluation(0.0, 0, 2.0, 0.1), Evaluation(0.5, 100, loss, 0.9))
+        return Run("adam", dict(options), seed, 100, 0.5, 0.5, history, (0.1, 0.01), failure)
+
+    long = {"lr": 0.003, "weight_decay": 0.01, "eps": 1e-9}
+    runs = [
+        make(0, {}, 0.02),
+        make(0, long, 0.2),
+        make(1, {}, 0.004),
+        make(1, long, 1.5, failure="the [bold]end"),
+    ]
+    return Comparison("digits", "accuracy", {"threads": 2}, tuple(runs))
+
+
+@pytest.mark.parametrize("width", [160, 100, 80, 60, 40, 24])
+def test_the_table_fits_and_says_the_same_at_any_width(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render(comparison(), console))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines())
+    words = text.split()
+    for word in (
+        "adam",
+        "digits,",
+        "accuracy",
+        "0.012",
+        "[0.008,",
+        "0.016]",
+        "ms/step",
+        "(2/2)",
+        "(1/2)",
+        "(0/2)",
+        "1",
+    ):
+        assert word in words
+    assert "the [bold]end" in " ".join(words)
+
+
+def test_columns_line_up() -> None:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(comparison(), console))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    header, first, second = lines[2:5]
+    for title in ("loss", "accuracy", "steps", "ms/step", "seconds"):
+        end = header.index(title) + len(title)
+        assert all(row[end - 1] != " " for row in (first, second))
+        assert all(row[end] == " " for row in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.01234, "0.0123"),
+        (4.2e-7, "4.20e-7"),
+        (123456.0, "1.23e5"),
+        (1.0, "1"),
+        (-2e-5, "-2.00e-5"),
+    ],
+)
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def step(seed: int, fraction: float) -> Progress:
+    return Progress("adam:lr=1", seed, 5, 0.1, fraction, 0.25)
+
+
+def test_the_bar_waits_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with RunsBar(console, total=2) as bar:
+        bar(step(0, 0.5))
+        bar(step(0, 1.0))
+        assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+        now[0] = 2.5
+        bar(step(1, 0.5))
+        bar._bar.refresh()
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/2 adam:lr=1 seed 1 loss 0.25" in text
+    assert "75%" in text
+
+
+def test_no_bar_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    with RunsBar(console, total=1) as bar:
+        now[0] = 5.0
+        bar(step(0, 0.5))
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]

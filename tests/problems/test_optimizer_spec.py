@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pullback
+from pullback.problems import MissingExtraError, OptimizerSpec, SpecError, parse_optimizer, parse_optimizers
+from pullback.problems.muon import MuonWithAdamW
+from pullback.problems.optimizers import optimizer_entries, optimizer_entry
+
+rates = st.floats(1e-6, 1.0)
+specs = st.one_of(
+    st.builds(lambda lr: OptimizerSpec("adam", {"lr": lr}), rates),
+    st.builds(lambda lr, m: OptimizerSpec("sgd", {"lr": lr, "momentum": m}), rates, rates),
+    st.builds(lambda b: OptimizerSpec("adamw", {"betas": (b, 0.99)}), rates),
+    st.builds(lambda m: OptimizerSpec("layerwise-metric", {"samples": m}), st.integers(1, 9)),
+    st.just(OptimizerSpec("lbfgs")),
+    st.builds(lambda h: OptimizerSpec("lbfgs", {"history_size": h, "line_search_fn": None}), st.integers(1, 9)),
+)
+
+
+def test_commas_part_options_and_optimizers() -> None:
+    found = parse_optimizers("layerwise-metric:samples=1,damping=0.1,adam:lr=3e-3,lbfgs, sgd:lr=0.1 , momentum=0.9")
+    assert [(spec.name, spec.options) for spec in found] == [
+        ("layerwise-metric", {"samples": 1, "damping": 0.1}),
+        ("adam", {"lr": 0.003}),
+        ("lbfgs", {}),
+        ("sgd", {"lr": 0.1, "momentum": 0.9}),
+    ]
+
+
+def test_an_option_continues_a_bare_name() -> None:
+    assert parse_optimizers("adam,lr=3e-3") == [OptimizerSpec("adam", {"lr": 0.003})]
+
+
+@given(st.lists(specs, min_size=1, max_size=5, unique_by=lambda spec: spec.label))
+def test_what_is_written_is_read_back(chosen: list[OptimizerSpec]) -> None:
+    assert parse_optimizers(",".join(spec.label for spec in chosen)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("adma", "Did you mean 'adam'"),
+        ("layerwise", "Did you mean 'layerwise-metric'"),
+        ("adam:lrr=1", "Did you mean 'lr'"),
+        ("layerwise-metric:sample=1", "Did you mean 'samples'"),
+        ("lr=1,adam", "before any optimizer"),
+        ("adam,,sgd", "between two commas"),
+        ("", "between two commas"),
+        ("adam,sgd,adam", "listed twice"),
+        ("adam:lr=fast", "lr of adam must be a number"),
+        ("adam:maximize=true", "no option 'maximize'"),
+        ("adam:", "ends with a colon"),
+    ],
+)
+def test_typos_are_refused_with_the_remedy(text: str, part: str) -> None:
+    with pytest.raises(SpecError, match=part):
+        parse_optimizers(text)
+
+
+def test_one_optimizer_means_one() -> None:
+    assert parse_optimizer("adam:lr=1").label == "adam:lr=1"
+    with pytest.raises(SpecError, match="names 2"):
+        parse_optimizer("adam,sgd")
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def make(text: str, criterion: nn.Module | None = None) -> Any:
+    spec = parse_optimizer(text)
+    return optimizer_entry(spec.name).make(spec.options, model(), criterion or nn.MSELoss())
+
+
+@pytest.mark.parametrize("entry", list(optimizer_entries()), ids=lambda entry: entry.name)
+def test_every_optimizer_is_built_and_lists_its_options(entry: Any) -> None:
+    assert make(entry.name) is not None
+    assert "lr" in entry.options()
+    assert entry.summary
+
+
+def test_options_arrive() -> None:
+    assert make("adam:lr=3e-3,betas=0.8/0.9").defaults["betas"] == (0.8, 0.9)
+    assert make("lbfgs:history_size=7").defaults["history_size"] == 7
+    assert make("lbfgs").defaults["line_search_fn"] == "strong_wolfe"
+    assert make("lbfgs:line_search_fn=none").defaults["line_search_fn"] is None
+
+
+def test_our_options_become_objects() -> None:
+    torch.manual_seed(5)
+    optimizer = make("layerwise-metric:samples=2,damping=0.5,lr=0.25")
+    assert isinstance(optimizer, pullback.LayerwiseMetric)
+    assert isinstance(optimizer.metric, pullback.Sampled)
+    assert (optimizer.metric.m, optimizer.metric.seed) == (2, 5)
+    assert optimizer.damping == pullback.Damping(initial=0.5)
+    assert optimizer.defaults["lr"] == 0.25
+    assert isinstance(make("gauss-newton"), pullback.GaussNewton)
+
+
+@pytest.mark.parametrize(
+    "text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1"]
+)
+def test_a_refused_value_is_one_sentence(text: str) -> None:
+    with pytest.raises(SpecError, match="refuses"):
+        make(text)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    both = MuonWithAdamW(net, lr=0.1, adamw_lr=0.2)
+    muon, adamw = both.parts
+    assert [p.ndim for p in muon.param_groups[0]["params"]] == [2]
+    assert [p.ndim for p in adamw.param_groups[0]["params"]] == [4, 1, 1]
+    assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.1, 0.2)
+    before = [p.detach().clone() for p in net.parameters()]
+    loss = both.step(lambda: _backward(net))
+    assert loss is not None
+    assert all(not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    both.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def _backward(net: nn.Module) -> torch.Tensor:
+    loss = net(torch.randn(5, 1, 4, 4)).square().mean()
+    loss.backward()
+    return loss
+
+
+def test_muon_wants_a_matrix() -> None:
+    with pytest.raises(ValueError, match="no weight matrix"):
+        MuonWithAdamW(nn.LayerNorm(3))
+
+
+def test_muon_of_matrices_alone_has_one_part() -> None:
+    assert len(MuonWithAdamW(nn.Linear(2, 2, bias=False)).parts) == 1
+
+
+def test_a_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "pullback\[peers\]"'):
+        parse_optimizer("soap")

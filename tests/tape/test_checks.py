@@ -1,0 +1,109 @@
+"""What the first step checks by itself: samples are apart, rows reproduce the gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pullback
+from pullback.tape.rules import linear
+
+
+def run(model, x, y=None, opt=pullback.LayerwiseMetric, criterion=None):
+    criterion = criterion or nn.MSELoss()
+    o = opt(model, criterion)
+    z = model(x)
+    criterion(z, torch.zeros_like(z) if y is None else y).backward()
+    o.step()
+    return o
+
+
+def test_batch_norm_in_training_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(pullback.MixingError, match=r"'1' \(BatchNorm1d\) mixes the samples"):
+        run(model, torch.randn(6, 3))
+    model[1].eval()
+    assert run(model, torch.randn(6, 3)).coverage["1.weight"].status == "exact"
+
+
+def test_a_change_of_mode_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    criterion = nn.MSELoss()
+    opt = pullback.GaussNewton(model, criterion)
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    criterion(model(x), y).backward()
+    opt.step()
+    model.train()
+    opt.zero_grad()
+    with pytest.raises(pullback.MixingError):
+        criterion(model(x), y).backward()
+
+
+class Centred(nn.Module):
+    """Mixes samples without a tell-tale type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(torch.tanh(h - h.mean(0)))
+
+
+def test_hidden_mixing_is_refused():
+    with pytest.raises(pullback.CoverageError, match=r"(mixes samples|mixing)"):
+        run(Centred(), torch.randn(5, 3))
+
+
+class TimeFirst(nn.Module):
+    """Folds time-major: its rows are not sample-major positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+
+    def forward(self, x):
+        n, t, d = x.shape
+        return self.a(x.transpose(0, 1).reshape(t * n, d)).view(t, n, -1).sum(0)
+
+
+def test_time_major_folding_is_not_mistaken_for_positions():
+    opt = run(TimeFirst(), torch.randn(4, 4, 2))
+    assert opt.coverage["a.weight"].why.startswith("vmap of TimeFirst")
+
+
+def test_a_broken_rule_cannot_pass(monkeypatch):
+    """Mutation: rows without their input scale fail the gradient check, by name."""
+    true = linear.LinearRows.pull
+    monkeypatch.setattr(linear.LinearRows, "pull", lambda self, c: 1.01 * true(self, c))
+    with pytest.raises(pullback.CoverageError, match="do not reproduce its gradient"):
+        run(Unwrapped(), torch.randn(4, 3))
+
+
+class Unwrapped(nn.Module):
+    """Its generic repair goes wrong as well, so the check has the last word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.a(x) - self.a(x).mean() * 0 if x.shape[0] > 1 else self.a(x) * 2
+
+
+def test_a_parameter_from_outside_the_call_is_asked_of_the_whole_model():
+    class Borrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.spare = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return torch.tanh(self.a(x)) @ self.spare.weight.T
+
+    opt = run(Borrow(), torch.randn(4, 3))
+    assert opt.coverage["spare.weight"].status == "exact"
+    assert opt.coverage["spare.bias"].status == "unused"
