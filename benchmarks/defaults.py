@@ -38,7 +38,8 @@ def main() -> int:
             ok = sum((s <= 0.1 or r <= 1) and r <= 1.5 for s, r in zip(start, ratio, strict=True))
             bad += len(runs) - ok
             print(f"{name:<14} {ours:<17} {max(start):>21.2e} {max(ratio):>18.2e} {ok:>3}/{len(runs)}", flush=True)
-            rows.append({"problem": name, "optimizer": ours, "epochs": budget.epochs, "of_initial": start, "of_adam": ratio})
+            row = {"problem": name, "optimizer": ours, "epochs": budget.epochs, "of_initial": start, "of_adam": ratio}
+            rows.append(row)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return int(bad > 0)

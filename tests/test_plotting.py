@@ -71,9 +71,7 @@ def test_an_interrupted_run_has_no_cross() -> None:
 
 
 def test_times_of_different_orders_get_a_logarithmic_axis() -> None:
-    seconds, steps = plot_loss(
-        of(run_of("a", 0, [1.0, 0.5, 0.1]), run_of("b", 0, [1.0, 0.5, 0.1], seconds=50.0))
-    ).axes
+    seconds, steps = plot_loss(of(run_of("a", 0, [1.0, 0.5, 0.1]), run_of("b", 0, [1.0, 0.5, 0.1], seconds=50.0))).axes
     assert (seconds.get_xscale(), steps.get_xscale()) == ("log", "linear")
     assert all(line.get_xdata()[0] > 0 for line in seconds.get_lines())
 

@@ -6,7 +6,7 @@ space it came from. See the README for the loop and ``docs/`` for the mathematic
 
 from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
 from pullback.metric import Bernoulli, Categorical, Custom, Gaussian, OutputMetric, Sampled
-from pullback.optim import Coverage, Damping, GaussNewton, LayerwiseMetric, StepRecord
+from pullback.optim import Coverage, Damping, GaussNewton, LayerwiseMetric, Momentum, StepRecord
 
 __version__ = "0.1.0.dev0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "LayerwiseMetric",
     "MetricError",
     "MixingError",
+    "Momentum",
     "OutputMetric",
     "PullbackError",
     "Sampled",

@@ -114,7 +114,7 @@ def test_record_and_report_are_readable():
     assert last.gain == pytest.approx(last.actual / last.predicted)
     text = str(opt.coverage)
     assert "0.weight" in text
-    assert "linear rule" in text
+    assert "exact   linear" in text
     with pytest.raises(KeyError):
         opt.coverage["nothing"]
     sampled = make(metric=pullback.Sampled(m=3))

@@ -72,7 +72,7 @@ class TimeFirst(nn.Module):
 
 def test_time_major_folding_is_not_mistaken_for_positions():
     opt = run(TimeFirst(), torch.randn(4, 4, 2))
-    assert opt.coverage["a.weight"].why.startswith("vmap of TimeFirst")
+    assert opt.coverage["a.weight"].why.startswith("per-sample products of TimeFirst")
 
 
 def test_a_broken_rule_cannot_pass(monkeypatch):

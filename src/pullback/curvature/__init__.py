@@ -1,18 +1,36 @@
-"""Metrics of parameters: blocks, their groups, and the spaces they are inverted in."""
+"""Metrics of parameters: blocks, the groups they form, and the spaces their metrics are inverted in."""
 
 from pullback.curvature.block import Block, blocks_of
 from pullback.curvature.cholesky import Factorised, factorise
-from pullback.curvature.group import Group, Space, memory_budget
+from pullback.curvature.choose import SOLVERS, Space, memory_budget, solver_for
+from pullback.curvature.dual import Dual
+from pullback.curvature.free import MatrixFree
 from pullback.curvature.linearisation import Gradient, Linearisation
+from pullback.curvature.mass import Mass, check_mass, scales_of, weigh
+from pullback.curvature.partition import Partition, check_partition, divide
+from pullback.curvature.primal import Primal
+from pullback.curvature.solver import Solver
 
 __all__ = [
+    "SOLVERS",
     "Block",
+    "Dual",
     "Factorised",
     "Gradient",
-    "Group",
     "Linearisation",
+    "Mass",
+    "MatrixFree",
+    "Partition",
+    "Primal",
+    "Solver",
     "Space",
     "blocks_of",
+    "check_mass",
+    "check_partition",
+    "divide",
     "factorise",
     "memory_budget",
+    "scales_of",
+    "solver_for",
+    "weigh",
 ]

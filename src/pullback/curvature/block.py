@@ -57,8 +57,7 @@ class Block:
         if len(self.sizes) == 1:
             return self.rows[0].matvec(delta)
         parts = [
-            self.rows[t].matvec(delta) if t in self.rows else delta.new_zeros(size)
-            for t, size in enumerate(self.sizes)
+            self.rows[t].matvec(delta) if t in self.rows else delta.new_zeros(size) for t, size in enumerate(self.sizes)
         ]
         return torch.cat(parts)
 
@@ -100,6 +99,18 @@ class Block:
     def primal_flops(self) -> float:
         """Multiply-adds of :meth:`primal`."""
         return sum(rows.primal_flops() for rows in self.rows.values())
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of U^T U, shape (n,)."""
+        parts = [rows.diagonal() for rows in self.rows.values()]
+        out = parts[0]
+        for part in parts[1:]:
+            out = out + part
+        return out
+
+    def matvec_flops(self) -> float:
+        """Multiply-adds of a product with U or U^T, roughly."""
+        return sum(rows.matvec_flops() for rows in self.rows.values())
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """One vector (n,) from tensors in the parameters' shapes."""

@@ -3,7 +3,7 @@
 from pullback.optim.base import PullbackOptimizer
 from pullback.optim.gauss_newton import GaussNewton
 from pullback.optim.layerwise import LayerwiseMetric
-from pullback.optim.options import Damping
+from pullback.optim.options import Damping, Momentum
 from pullback.optim.record import Coverage, Covered, StepRecord
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Damping",
     "GaussNewton",
     "LayerwiseMetric",
+    "Momentum",
     "PullbackOptimizer",
     "StepRecord",
 ]

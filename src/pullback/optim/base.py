@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pullback.curvature import Block, Gradient, Group, Linearisation
+from pullback.curvature import SOLVERS, Block, Linearisation, Mass, Partition, Space, check_mass, check_partition
 from pullback.errors import CoverageError, StepError
 from pullback.metric import OutputMetric, Sampled, resolve
 from pullback.optim.coverage import report
 from pullback.optim.damping import DampingControl
-from pullback.optim.options import Damping
+from pullback.optim.fallback import Fallback
+from pullback.optim.options import Damping, Momentum
 from pullback.optim.record import Coverage, StepRecord
+from pullback.optim.scaling import Scaling
 from pullback.optim.search import Clock, Search
+from pullback.optim.system import System
 from pullback.tape import ClosureReplay, Tape, Term, as_loss, replay, replayable
-
-Partition = Literal["layerwise", "global"]
 
 
 class PullbackOptimizer(torch.optim.Optimizer):
@@ -30,13 +33,24 @@ class PullbackOptimizer(torch.optim.Optimizer):
         criterion: the loss module used in the loop; None for a functional loss, which then needs
             ``metric`` and a closure.
         metric: overrides the metric the criterion resolves to.
-        partition: ``"layerwise"`` (every module for itself) or ``"global"`` (all jointly).
+        partition: ``"layerwise"`` (every module for itself), ``"global"`` (all jointly) or coalitions as lists of
+            name patterns, ``[["encoder.*"], ["head.*"]]``; what no pattern matches moves alone.
         damping: how mu is chosen.
+        mass: D in M = mu D + U^T U: ``"identity"``, ``"module"``, ``"marquardt"`` or numbers by parameter name.
+        momentum: how the previous step enters; None for not at all.
+        solver: ``"auto"``, ``"dual"``, ``"primal"`` or ``"cg"``.
+        memory: bytes the matrices of a group may take; None for half of the machine's.
         lr: factor on the step; 1 is the minimiser of the quadratic model.
+        weight_decay: decoupled: weights are multiplied by ``1 - lr * weight_decay`` after a step that was kept.
         sweep: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``: how factor columns are pulled back.
             ``"auto"`` chooses by time, so that two runs may differ in rounding; name one for bitwise
             reproducible runs.
-        params: parameters or groups to optimise; default all of the model's.
+        batch_norm: ``"refuse"`` a BatchNorm that uses batch statistics, or ``"frozen"``: the gradient stays exact
+            and the metric holds the statistics constant.
+        fallback: makes an optimizer for parameters that cannot be given rows, as in
+            ``fallback=lambda params: torch.optim.AdamW(params)``; without it they are an error.
+        grad_scaler: needed only if ``scaler.unscale_(opt)`` is called before ``scaler.step(opt)``, to clip.
+        params: parameters or groups to optimise; default all of the model's. Others are left alone.
 
     Attributes:
         last: record of the last step, None before.
@@ -48,6 +62,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
     """
 
     _partition: Partition = "layerwise"
+    #: tells torch.amp.GradScaler to hand its scale over with the step
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -57,9 +73,16 @@ class PullbackOptimizer(torch.optim.Optimizer):
         metric: OutputMetric | None = None,
         partition: Partition | None = None,
         damping: Damping | None = None,
-        momentum: None = None,
+        mass: Mass = "identity",
+        momentum: Momentum | None = None,
+        solver: Space = "auto",
+        memory: float | None = None,
         lr: float = 1.0,
+        weight_decay: float = 0.0,
         sweep: str = "auto",
+        batch_norm: str = "refuse",
+        fallback: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable[Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -69,22 +92,46 @@ class PullbackOptimizer(torch.optim.Optimizer):
             )
         if damping is not None and not isinstance(damping, Damping):
             raise TypeError(f"damping must be Damping(...), got {damping!r}; write Damping(initial={damping!r}).")
-        if momentum is not None:
-            raise TypeError(f"momentum={momentum!r} is not supported yet; leave it None.")
-        if not (lr >= 0 and math.isfinite(lr)):
-            raise ValueError(f"lr must be finite and at least 0, got {lr}.")
-        partition = partition or self._partition
-        if partition not in ("layerwise", "global"):
-            raise ValueError(f"partition must be 'layerwise' or 'global', got {partition!r}.")
+        if momentum is not None and not isinstance(momentum, Momentum):
+            raise TypeError(f"momentum must be Momentum(...), got {momentum!r}; write Momentum() for the model's own.")
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+        if solver not in ("auto", *SOLVERS):
+            raise ValueError(f"solver must be 'auto' or one of {', '.join(SOLVERS)}, got {solver!r}.")
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be a positive number of bytes, got {memory}.")
+        self.partition = check_partition(self._partition if partition is None else partition)
+        self.mass = check_mass(mass)
         self.metric = resolve(criterion, metric)
-        super().__init__(list(model.parameters()) if params is None else params, {"lr": lr})
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(list(model.parameters()) if params is None else params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dtype not in (torch.float32, torch.float64) or p.is_meta:
+                    raise TypeError(
+                        f"A parameter is {'on the meta device' if p.is_meta else f'of dtype {p.dtype}'}; metrics need "
+                        "float32 or float64 weights (half precision: keep float32 weights and use torch.autocast)."
+                    )
         self.model = model
         self.criterion = criterion
-        self.partition = partition
         self.damping = damping or Damping()
+        self.momentum = momentum
+        self.grad_scaler = grad_scaler
+        self.solver = solver
+        self.memory = memory
         self.last: StepRecord | None = None
         self._control = DampingControl(self.damping)
-        self._tape = Tape(model, criterion, self.metric, sweep)
+        self._fallback = None if fallback is None else Fallback(fallback)
+        self._tape = Tape(
+            model,
+            criterion,
+            self.metric,
+            sweep,
+            batch_norm=batch_norm,
+            mine=_ids_of(weakref.ref(self)),
+            lenient=fallback is not None,
+        )
         self._blocks: list[Block] = []
 
     # -- the face ---------------------------------------------------------------------------------------
@@ -92,7 +139,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
     @property
     def coverage(self) -> Coverage:
         """How every parameter is treated, as observed in the last step."""
-        return report(self.model, self._blocks, self._tape)
+        return report(self.model, self._blocks, self._tape, self._fallback, self._order())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and the terms of the metric that came with them."""
@@ -120,19 +167,30 @@ class PullbackOptimizer(torch.optim.Optimizer):
                 then as they were.
             CoverageError: if a parameter has a gradient that the tape cannot account for.
         """
+        scaling = self._scaling(closure)
         loss = None if closure is None else self._run(closure)
         terms, finite = self._tape.terms, self._tape.finite
         self._tape.clear()
-        if not finite:
-            raise StepError("The loss or its gradient is not finite; no step was taken. Look for bad data.")
-        if not terms:
+        if scaling is not None and scaling.overflow:
+            return None
+        if finite and not terms:
             raise StepError(self._why_empty())
-        before = loss if loss is not None else _loss_of(terms)
-        value = math.nan if before is None else float(before)
-        if before is not None and not math.isfinite(value):
-            raise StepError(f"The loss is {value}; no step was taken. Look for bad data or too large weights.")
+        if scaling is not None:
+            scaling.undo(terms, [p for group in self.param_groups for p in group["params"]])
+        before = loss if loss is not None else (_loss_of(terms) if terms else None)
+        value = math.nan if before is None or not finite else float(before)
+        state = dataclasses.replace(self._control)
         with torch.no_grad(), self._tape.recorder.paused():
-            self._step(terms, value, closure)
+            if self._control.overshot(value if before is not None or not finite else 0.0):
+                self._take_back(value)
+                return loss
+            if not finite or (before is not None and not math.isfinite(value)):
+                raise StepError(f"The loss is {value}: no step was taken. Look for bad data or too large weights.")
+            try:
+                self._step(terms, value, closure)
+            except BaseException:
+                self._control = state
+                raise
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +199,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
         out["pullback"] = {"damping": self._control.state(self._order())}
         if isinstance(self.metric, Sampled):
             out["pullback"]["generator"] = self.metric.state()
+        if self._fallback is not None:
+            out["pullback"]["fallback"] = self._fallback.state(self._order())
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,9 +212,23 @@ class PullbackOptimizer(torch.optim.Optimizer):
             self._control.load(own["damping"], self._order())
         if isinstance(self.metric, Sampled):
             self.metric.load_state(own.get("generator"))
+        if self._fallback is not None and "fallback" in own:
+            self._fallback.load(own["fallback"], [p for group in self.param_groups for p in group["params"]])
+
+    def _gradients(self) -> dict[int, Tensor]:
+        return {id(p): p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
 
     def _order(self) -> list[int]:
         return [id(p) for group in self.param_groups for p in group["params"]]
+
+    def _scaling(self, closure: Callable[[], Any] | None) -> Scaling | None:
+        """What a torch.amp.GradScaler has left for this step, if one is in use."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found_inf is None:
+            return None
+        if closure is not None:
+            raise StepError("scaler.step(opt, closure) cannot unscale inside a closure; use the loop without one.")
+        return Scaling.of(scale, found_inf, self.grad_scaler)
 
     # -- closure ----------------------------------------------------------------------------------------
 
@@ -171,12 +245,12 @@ class PullbackOptimizer(torch.optim.Optimizer):
         return loss
 
     def _why_empty(self) -> str:
-        called = any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if called and self.criterion is not None:
+        if self._gradients() and self.criterion is not None:
             name = type(self.criterion).__name__
             return (
-                f"No backward pass went through the {name} given to {type(self).__name__} since the last step; "
-                "call that very module on the model's output, or pass criterion=None and metric=..."
+                f"No backward pass went through the {name} given to {type(self).__name__} since the last step: call "
+                "loss.backward() before each step, on a loss computed by that very module (or pass criterion=None and "
+                "metric=...)."
             )
         return "step() without a backward pass since the last step; call loss.backward() first."
 
@@ -185,56 +259,94 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def _step(self, terms: list[Term], loss: float, closure: Callable[[], Any] | None) -> None:
         clock = Clock()
         clock.add("sweep", sum(term.seconds for term in terms))
+        trial = self._trial(terms, closure)
         lin = Linearisation(terms)
-        rates = self._rates(lin.blocks)
+        system = System(
+            lin,
+            partition=self.partition,
+            mass=self.mass,
+            space=self.solver,
+            budget=self.memory,
+            names=self._tape.names.full,
+            largest=self._largest,
+        )
+        strays = self._strays(lin.blocks)
         self._blocks = lin.blocks
-        groups = self._groups(lin)
-        whole = lin.gradient(lin.blocks)
-        trace = float(sum((group.trace() for group in groups), start=lin.e0.new_zeros(())))
-        if not (math.isfinite(trace) and all(math.isfinite(float(g @ g)) for g in whole.g)):
-            raise StepError("A gradient or the metric is not finite; no step was taken.")
-        unit = trace / max(1, lin.R)
-        grads = {id(p): p.grad for block in lin.blocks for p in block.params if p.grad is not None}
-        self._control.start(unit, loss, grads, lin.e0.dtype)
+        self._control.start(system.unit, loss, self._gradients(), lin.e0.dtype)
         clock.mark("curvature")
         self.last = Search(
-            lin=lin,
-            groups=groups,
-            split=_by_group(groups, lin.blocks, whole),
+            system=system,
             control=self._control,
-            rates=rates,
+            momentum=self.momentum,
+            previous={id(p): s["step"] for p, s in self.state.items() if "step" in s},
+            rates={id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]},
             loss=loss,
-            unit=unit,
-            trial=self._trial(terms, closure),
+            trial=trial,
             whole=closure is not None,
             clock=clock,
         ).run()
+        self._finish(system.params)
+        if self._fallback is not None and strays:
+            self._fallback.step(strays)
+
+    def _take_back(self, loss: float) -> None:
+        """Undo the last step, which no trial had guarded, now that the next batch has judged it."""
+        taken = self._control.taken
+        assert taken is not None
+        assert self.last is not None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in taken.before:
+                    p.copy_(taken.before[id(p)])
+                self.state[p].pop("step", None)
+        self._control.taken = None
+        self._control.fail()
+        self.last = dataclasses.replace(self.last, accepted=False, actual=taken.start - loss)
+
+    def _finish(self, params: Sequence[Tensor]) -> None:
+        """What follows a step that was kept: decay, and memory for the momentum."""
+        kept = self._control.taken
+        if kept is None:
+            for p in params:
+                self.state[p].pop("step", None)
+            return
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                for p in group["params"]:
+                    if id(p) in kept.step:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if self.momentum is not None:
+            for p in params:
+                self.state[p]["step"] = kept.step[id(p)]
+
+    def _largest(self, block: Block, diagonal: Tensor) -> Tensor:
+        """The largest diagonal of U^T U seen so far, by parameter."""
+        seen = [
+            torch.maximum(self.state[p]["mass"], own) if "mass" in self.state[p] else own
+            for p, own in zip(block.params, block.unpack(diagonal), strict=True)
+        ]
+        for p, own in zip(block.params, seen, strict=True):
+            self.state[p]["mass"] = own.clone()
+        return block.pack(seen)
 
     # -- parts ------------------------------------------------------------------------------------------
 
-    def _groups(self, lin: Linearisation) -> list[Group]:
-        if self.partition == "global":
-            return [Group(lin.blocks)]
-        return [Group([block]) for block in lin.blocks]
-
-    def _rates(self, blocks: Sequence[Block]) -> dict[int, float]:
-        """Learning rate by parameter; refuses gradients the tape cannot account for."""
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+    def _strays(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """Parameters with a gradient but without rows: the fallback's, or an error."""
         seen = {id(p) for block in blocks for p in block.params}
         names = self._tape.names.full
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.requires_grad and id(p) not in seen:
-                    raise CoverageError(
-                        f"Parameter '{names.get(id(p), '?')}' has a gradient, but the loss that was taped does "
-                        "not depend on it; add its term to a closure's loss or freeze it."
-                    )
-        for key in seen - rates.keys():
+        strays = [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and p.requires_grad and id(p) not in seen
+        ]
+        if strays and self._fallback is None:
             raise CoverageError(
-                f"Parameter '{names[key]}' is trained but is not in this optimizer's params; freeze it with "
-                "requires_grad_(False)."
+                f"Parameter '{names.get(id(strays[0]), '?')}' has a gradient, but the loss that was taped does not "
+                "depend on it; freeze it, or name an optimizer for it with fallback=..."
             )
-        return rates
+        return strays
 
     def _trial(self, terms: list[Term], closure: Callable[[], Any] | None) -> Callable[[], Tensor] | None:
         if self.damping.control != "gain":
@@ -249,16 +361,16 @@ class PullbackOptimizer(torch.optim.Optimizer):
         return lambda: replay(self.model, terms)
 
 
+def _ids_of(owner: weakref.ref[PullbackOptimizer]) -> Callable[[], set[int]]:
+    """Ids of an optimizer's parameters, without keeping it alive."""
+
+    def ids() -> set[int]:
+        found = owner()
+        return set() if found is None else set(found._order())
+
+    return ids
+
+
 def _loss_of(terms: Sequence[Term]) -> Tensor | None:
     values = [term.use.weighted(term.use.value) for term in terms if term.use.value is not None]
     return torch.stack(values).sum() if len(values) == len(terms) else None
-
-
-def _by_group(groups: Sequence[Group], blocks: Sequence[Block], whole: Gradient) -> list[Gradient]:
-    index = {id(block): k for k, block in enumerate(blocks)}
-    out = []
-    for group in groups:
-        own = [index[id(block)] for block in group.blocks]
-        rest = None if whole.rest is None else [whole.rest[k] for k in own]
-        out.append(Gradient([whole.g[k] for k in own], whole.e0, rest))
-    return out

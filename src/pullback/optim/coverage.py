@@ -7,35 +7,45 @@ from collections.abc import Sequence
 from torch import nn
 
 from pullback.curvature import Block
+from pullback.optim.fallback import Fallback
 from pullback.optim.record import Coverage, Covered
 from pullback.tape import Tape
 
 
-def report(model: nn.Module, blocks: Sequence[Block], tape: Tape) -> Coverage:
+def report(
+    model: nn.Module, blocks: Sequence[Block], tape: Tape, fallback: Fallback | None, mine: Sequence[int]
+) -> Coverage:
     """How each parameter was treated in the last step.
 
     Args:
         model: the model.
         blocks: blocks of the last linearisation; empty before the first step.
         tape: the tape, for the sweep and the metric.
+        fallback: the optimizer of the strays, if there is one.
+        mine: ids of the parameters the optimizer was given.
     """
     by_parameter = {id(p): block for block in blocks for p in block.params}
-    entries = []
+    own, entries = set(mine), []
     for name, p in model.named_parameters():
         block = by_parameter.get(id(p))
         if not p.requires_grad:
             entries.append(Covered(name, p.numel(), "frozen", "requires_grad is False"))
+        elif id(p) not in own:
+            entries.append(Covered(name, p.numel(), "frozen", "not among this optimizer's params"))
+        elif fallback is not None and p in fallback:
+            why = f"{type(fallback.optimizer).__name__}: {tape.strays.get(id(p), 'not on the tape')}"
+            entries.append(Covered(name, p.numel(), "fallback", why))
         elif block is not None:
             if tape.metric.exact:
-                entries.append(Covered(name, p.numel(), "exact", f"{block.rule} rule"))
+                entries.append(Covered(name, p.numel(), "exact", block.rule))
             else:
-                why = f"{block.rule} rule, {tape.metric!r}"
+                why = f"{block.rule}, {tape.metric!r}"
                 entries.append(Covered(name, p.numel(), "sampled", why))
         elif blocks:
             entries.append(Covered(name, p.numel(), "unused", "the loss did not depend on it"))
         else:
             entries.append(Covered(name, p.numel(), "pending", "no step yet"))
-    return Coverage(tuple(entries), _sweep(tape))
+    return Coverage(tuple(entries), _sweep(tape), tuple(tape.recorder.frozen))
 
 
 def _sweep(tape: Tape) -> str:

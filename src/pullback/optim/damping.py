@@ -15,6 +15,7 @@ tolerance: stopping at the bottom of every single step is greedy and ends in tin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ class Taken:
         slope: g . s on its own batch.
         mu: damping at the start of the step, before trials that failed.
         step: s by parameter.
+        start: loss before it.
+        before: weights before it by parameter, kept where no trial guards the step.
     """
 
     loss: float | None
@@ -44,6 +47,13 @@ class Taken:
     slope: float
     mu: float
     step: dict[int, Tensor] = field(default_factory=dict)
+    start: float = math.nan
+    before: dict[int, Tensor] = field(default_factory=dict)
+
+    def rise(self, grads: Mapping[int, Tensor]) -> float:
+        """r: slope along the step on another batch over the slope it had on its own."""
+        slope = sum(float((grads[key] * s).sum()) for key, s in self.step.items() if key in grads)
+        return slope / abs(self.slope) if self.slope else 0.0
 
 
 @dataclass
@@ -55,6 +65,7 @@ class DampingControl:
         mu: present damping, absolute; None before the first step.
         nu: growth factor of the next failure; it doubles with each in a row.
         mean: running average of r and its weight.
+        level: running average of the loss before steps, and of its distance from that average.
         taken: the step that waits for its judgement.
     """
 
@@ -62,9 +73,10 @@ class DampingControl:
     mu: float | None = None
     nu: float = 2.0
     mean: tuple[float, float] = (0.0, 0.0)
+    level: tuple[float, float] | None = None
     taken: Taken | None = None
 
-    def start(self, unit: float, loss: float, grads: dict[int, Tensor], dtype: torch.dtype) -> float:
+    def start(self, unit: float, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype) -> float:
         """Judge the last step by this batch; returns the damping to try first.
 
         Args:
@@ -74,6 +86,9 @@ class DampingControl:
             dtype: dtype of the model.
         """
         unit = unit if unit > 0 else 1.0
+        if not math.isnan(loss):
+            mean, spread = (loss, 0.25 * abs(loss)) if self.level is None else self.level
+            self.level = (0.8 * mean + 0.2 * loss, 0.8 * spread + 0.2 * abs(loss - mean))
         if self.mu is None or self.options.control == "fixed":
             self.mu = self.options.initial * unit
         elif self.taken is not None:
@@ -85,7 +100,7 @@ class DampingControl:
         self.mu = min(max(self.mu, smallest * unit), self.options.largest * unit)
         return self.mu
 
-    def _judge(self, taken: Taken, loss: float, grads: dict[int, Tensor], dtype: torch.dtype) -> None:
+    def _judge(self, taken: Taken, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype) -> None:
         assert self.mu is not None
         resolution = 64 * torch.finfo(dtype).eps
         if taken.loss is not None and abs(loss - taken.loss) <= resolution * abs(loss):
@@ -96,15 +111,26 @@ class DampingControl:
             return
         self.mu = min(self.mu, 2 * taken.mu)
         self.nu = 2.0
-        slope = sum(float((grads[key] * s).sum()) for key, s in taken.step.items() if key in grads)
-        if taken.slope == 0 or not math.isfinite(slope):
+        rise = taken.rise(grads)
+        if taken.slope == 0 or not math.isfinite(rise):
             return
         value, weight = self.mean
-        value = MEMORY * value + (1 - MEMORY) * slope / abs(taken.slope)
+        value = MEMORY * value + (1 - MEMORY) * rise
         weight = MEMORY * weight + (1 - MEMORY)
         self.mean = (value, weight)
-        r = min(1.0, max(-1.0, value / weight - TOLERANCE))
+        # Upwards it may answer more strongly: a step ten times too long is not mended by small change.
+        r = min(4.0, max(-1.0, value / weight - TOLERANCE))
         self.mu *= math.exp(ANSWER * r)
+
+    def overshot(self, loss: float) -> bool:
+        """Whether the next batch shows that an untried step must be taken back.
+
+        Its loss stands above the start of that step and above what batches differ by. (The slope does not
+        tell: a softmax thrown into saturation is flat.)
+        """
+        if self.taken is None or not self.taken.before or self.level is None or math.isnan(self.taken.start):
+            return False
+        return not loss <= max(self.taken.start, self.level[0] + 3 * self.level[1])
 
     def fail(self) -> float:
         """A step was undone; the damping to try next."""
@@ -119,18 +145,26 @@ class DampingControl:
         Args:
             order: ids of all parameters, in their order.
         """
-        taken = None
+        taken: dict[str, Any] | None = None
         if self.taken is not None:
             t = self.taken
-            steps = [t.step.get(key) for key in order]
-            taken = {"loss": t.loss, "gain": t.gain, "slope": t.slope, "mu": t.mu, "step": steps}
-        return {"mu": self.mu, "nu": self.nu, "mean": self.mean, "taken": taken}
+            taken = {
+                "loss": t.loss,
+                "gain": t.gain,
+                "slope": t.slope,
+                "mu": t.mu,
+                "start": t.start,
+            }
+            taken |= {name: [getattr(t, name).get(key) for key in order] for name in ("step", "before")}
+        return {"mu": self.mu, "nu": self.nu, "mean": self.mean, "level": self.level, "taken": taken}
 
     def load(self, state: dict[str, Any], order: list[int]) -> None:
         """Continue from :meth:`state`."""
-        self.mu, self.nu, self.mean = state["mu"], state["nu"], tuple(state["mean"])
+        self.mu, self.nu, self.mean, self.level = state["mu"], state["nu"], tuple(state["mean"]), state["level"]
         self.taken = None
         if state["taken"] is not None:
             saved = dict(state["taken"])
-            steps = zip(order, saved.pop("step"), strict=True)
-            self.taken = Taken(**saved, step={key: s.clone() for key, s in steps if s is not None})
+            for name in ("step", "before"):
+                pairs = zip(order, saved[name], strict=True)
+                saved[name] = {key: t.clone() for key, t in pairs if t is not None}
+            self.taken = Taken(**saved)

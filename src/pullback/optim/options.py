@@ -10,6 +10,27 @@ Control = Literal["gain", "slope", "fixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Momentum:
+    """How the previous step enters the next one.
+
+    Attributes:
+        kind: ``"model"`` minimises the quadratic model in the plane of the new direction and the previous
+            step: nothing to tune. ``"spring"`` damps towards a fraction of the previous step instead of
+            towards zero, which averages noisy batches.
+        decay: that fraction, for ``"spring"``.
+    """
+
+    kind: Literal["model", "spring"] = "model"
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("model", "spring"):
+            raise ValueError(f"Momentum(kind=...) must be 'model' or 'spring', got {self.kind!r}.")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"Momentum(decay=...) must be at least 0 and below 1, got {self.decay}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Damping:
     """How the mass mu of the metric M = mu I + U^T U is chosen.
 

@@ -66,10 +66,12 @@ class Coverage:
     Attributes:
         parameters: one entry per parameter.
         sweep: how columns are pulled back, with the timing that chose it.
+        frozen: BatchNorm layers whose batch statistics the metric holds constant.
     """
 
     parameters: tuple[Covered, ...]
     sweep: str
+    frozen: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Covered:
         for entry in self.parameters:
@@ -82,4 +84,5 @@ class Coverage:
         rows = [(e.name, f"{e.numel:,}", e.status, e.why) for e in self.parameters]
         width = [max(len(row[k]) for row in [head, *rows]) for k in range(3)]
         lines = [f"{a:<{width[0]}}  {b:>{width[1]}}  {c:<{width[2]}}  {d}".rstrip() for a, b, c, d in [head, *rows]]
-        return "\n".join([*lines, f"sweep: {self.sweep}"])
+        held = [f"held constant in the metric: batch statistics of {', '.join(self.frozen)}"] if self.frozen else []
+        return "\n".join([*lines, *held, f"sweep: {self.sweep}"])

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pullback.control import Direction, solve
-from pullback.curvature import Gradient, Group, Linearisation
+from pullback.control import Direction, mix, solve
 from pullback.optim.damping import DampingControl, Taken
+from pullback.optim.options import Momentum
 from pullback.optim.record import StepRecord
+from pullback.optim.system import System
 
 
 class Clock:
@@ -39,32 +40,30 @@ class Search:
     """Everything one step needs.
 
     Attributes:
-        lin: the linearisation.
-        groups: the groups that solve together.
-        split: gradient of every group.
+        system: the linear system of this step.
         control: the damping.
+        momentum: how the previous step enters.
+        previous: the previous step by parameter.
         rates: learning rate by parameter.
         loss: loss before the step, nan if unknown.
-        unit: mean diagonal of the Gram.
         trial: evaluates the loss at the present weights; None to take the step untried.
         whole: whether the trial loss holds everything that ``backward`` was called on.
         clock: counts the phases.
     """
 
-    lin: Linearisation
-    groups: Sequence[Group]
-    split: Sequence[Gradient]
+    system: System
     control: DampingControl
+    momentum: Momentum | None
+    previous: dict[int, Tensor]
     rates: dict[int, float]
     loss: float
-    unit: float
     trial: Callable[[], Tensor] | None
     whole: bool
     clock: Clock
 
     def run(self) -> StepRecord:
         """Try steps of growing damping until one lowers the loss; weights end moved or exactly as before."""
-        trained = [p for group in self.groups for block in group.blocks for p in block.params]
+        trained = self.system.params
         before = [p.detach().clone() for p in trained]
         try:
             return self._run(trained, before)
@@ -73,17 +72,19 @@ class Search:
             raise
 
     def _run(self, trained: Sequence[Tensor], before: Sequence[Tensor]) -> StepRecord:
-        control, eps = self.control, torch.finfo(self.lin.e0.dtype).eps
+        control, system = self.control, self.system
+        eps = torch.finfo(system.lin.e0.dtype).eps
         assert control.mu is not None
         mu = start = control.mu
-        count = 0
         trials = control.options.trials if self.trial is not None else 1
+        count = 0
         for _ in range(trials):
             count += 1
-            self._sharpen(mu)
-            direction = solve(self.groups, self.split, mu)
-            alpha = direction.scale if len(self.groups) > 1 else 1.0
-            step, Us, slope, norm2 = self._move(direction, alpha)
+            system.sharpen(mu)
+            direction = self._direction(mu)
+            joint = len(system.solvers) == 1 and self.momentum is None
+            alpha = 1.0 if joint else direction.scale
+            step, Us, slope, norm2 = system.move(direction, alpha, self.rates)
             predicted = self._predicted(Us, slope, mu * norm2)
             self.clock.mark("solve")
             after = actual = None
@@ -97,11 +98,11 @@ class Search:
             accepted = finite and (actual is None or blind or actual >= 0)
             if accepted:
                 gain = None if blind or actual is None or predicted <= 0 else actual / predicted
-                control.taken = Taken(after, gain, slope, start, step)
+                kept = {} if self.trial is not None else dict(zip(map(id, trained), before, strict=True))
+                control.taken = Taken(after, gain, slope, start, step, self.loss, kept)
                 break
             restore(trained, before)
             mu = control.fail()
-        spaces = tuple(f"{group.space} {group.outcome}" for group in self.groups)
         return StepRecord(
             loss=self.loss,
             predicted=predicted,
@@ -109,58 +110,31 @@ class Search:
             accepted=accepted,
             mu=direction.mu,
             scale=alpha,
-            rank=self.lin.R,
+            rank=system.lin.R,
             trials=count,
-            spaces=spaces,
+            spaces=tuple(f"{solver.name} {solver.outcome}" for solver in system.solvers),
             seconds=self.clock.seconds,
         )
 
-    def _sharpen(self, mu: float) -> None:
-        """Solve in float64 once the damping is so small that a float32 Gram has lost it (theory 3)."""
-        if mu < 1e-3 * self.unit:
-            for group in self.groups:
-                if group.matrix.dtype == torch.float32:
-                    group.to_double()
-
-    def _move(self, direction: Direction, alpha: float) -> tuple[dict[int, Tensor], Tensor, float, float]:
-        """Move the weights by s = lr alpha d.
-
-        Returns:
-            s by parameter, U s, g . s and |s|^2.
-        """
-        lrs = {self.rates[id(p)] for g in self.groups for block in g.blocks for p in block.params}
-        step: dict[int, Tensor] = {}
-        for group, parts in zip(self.groups, direction.d, strict=True):
-            for block, d in zip(group.blocks, parts, strict=True):
-                if len(lrs) == 1:
-                    d *= alpha * next(iter(lrs))
-                for p, piece in zip(block.params, block.unpack(d), strict=True):
-                    if len(lrs) > 1:
-                        piece *= alpha * self.rates[id(p)]
-                    p.add_(piece)
-                    step[id(p)] = piece
-        if len(lrs) == 1:
-            factor = alpha * lrs.pop()
-            return step, direction.Ud * factor, direction.slope * factor, direction.norm2 * factor**2
-        # Rates that differ bend the direction: ask the rows again.
-        Us = torch.zeros_like(direction.Ud)
-        for group, parts in zip(self.groups, direction.d, strict=True):
-            Us += group.matvec([part.to(group.matrix.dtype) for part in parts]).to(Us.dtype)
-        slope = norm2 = 0.0
-        for own, parts in zip(self.split, direction.d, strict=True):
-            slope += sum(float(a @ b) for a, b in zip(own.g, parts, strict=True))
-            norm2 += sum(float(b @ b) for b in parts)
-        return step, Us, slope, norm2
+    def _direction(self, mu: float) -> Direction:
+        system = self.system
+        if self.momentum is None or not self.previous:
+            return solve(system.solvers, system.gradients, mu)
+        previous = system.packed(self.previous)
+        if self.momentum.kind == "spring":
+            shift = [[self.momentum.decay * part for part in parts] for parts in previous]
+            return solve(system.solvers, system.gradients, mu, shift)
+        return mix(solve(system.solvers, system.gradients, mu), system.solvers, system.gradients, previous)
 
     def _predicted(self, Us: Tensor, slope: float, mass: float) -> float:
         """Decrease promised by the model, without the mu term where the metric is exact (theory 3)."""
         curvature = 0.5 * float(Us @ Us)
-        if not self.lin.exact:
+        if not self.system.lin.exact:
             return -(slope + curvature + 0.5 * mass)
         if self.whole:
             return -(slope + curvature)
         # Of the terms alone: what else is in the gradient is not in a replayed loss either.
-        return -(float(self.lin.e0 @ Us) + curvature)
+        return -(float(self.system.lin.e0 @ Us) + curvature)
 
 
 def restore(params: Sequence[Tensor], before: Sequence[Tensor]) -> None:

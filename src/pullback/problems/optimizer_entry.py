@@ -15,7 +15,17 @@ from pullback.problems.options import Value, check_options
 
 # Arguments that are no choice of a command line: what is trained, objects, and switches that change what is
 # minimised.
-_HIDDEN = {"params", "model", "criterion", "metric", "maximize", "capturable", "differentiable"}
+_HIDDEN = {
+    "params",
+    "model",
+    "criterion",
+    "metric",
+    "fallback",
+    "grad_scaler",
+    "maximize",
+    "capturable",
+    "differentiable",
+}
 
 
 class Stepper(Protocol):

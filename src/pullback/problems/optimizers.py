@@ -46,14 +46,17 @@ def optimizer_entry(name: str) -> OptimizerEntry:
 def _our_options(options: dict[str, Any]) -> dict[str, Any]:
     """Makes the option objects of our optimizers from the numbers of the command line."""
     options = dict(options)
-    samples, damping = options.pop("samples"), options.pop("damping")
+    samples, damping, control = options.pop("samples"), options.pop("damping"), options.pop("control")
+    momentum, decay = options.pop("momentum"), options.pop("decay")
     if samples is not None:
         if samples < 1:
             raise ValueError(f"samples is {samples}; give 1 or more.")
         # The seed of the run, so that seeds differ in the draws as well.
         options["metric"] = pullback.Sampled(m=samples, seed=torch.initial_seed())
-    if damping is not None:
-        options["damping"] = pullback.Damping(initial=damping)
+    chosen = {"initial": damping, "control": control}
+    options["damping"] = pullback.Damping(**{key: value for key, value in chosen.items() if value is not None})
+    if momentum is not None:
+        options["momentum"] = pullback.Momentum(kind=momentum, decay=decay)
     return options
 
 
@@ -63,7 +66,15 @@ def _our_entry(name: str, source: Callable[..., Any], summary: str) -> Optimizer
         summary,
         source=lambda: source,
         build=lambda model, criterion, options: source(model, criterion, **_our_options(options)),
-        extra={"samples": Option(int | None, None), "damping": Option(float | None, None)},
+        extra={
+            "samples": Option(int | None, None),
+            "damping": Option(float | None, None),
+            "control": Option(str | None, None),
+            "momentum": Option(str | None, None),
+            "decay": Option(float, pullback.Momentum().decay),
+            "partition": Option(str | None, None),
+            "mass": Option(str, "identity"),
+        },
     )
 
 

@@ -95,9 +95,7 @@ class Problem:
                 f"batch_size of {self.name} is {self.batch_size}; give 1 or more, or none for the full batch."
             )
         if isinstance(self.test_metric, str) and self.test_metric not in METRICS:
-            raise SpecError(
-                f"{self.name} has no test metric {self.test_metric!r}.{nearest(self.test_metric, METRICS)}"
-            )
+            raise SpecError(f"{self.name} has no test metric {self.test_metric!r}.{nearest(self.test_metric, METRICS)}")
         if not all(math.isfinite(level) for level in self.targets):
             raise SpecError(f"the target levels of {self.name} must be finite numbers, not {self.targets}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,11 @@ def tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def wide(t: Tensor) -> Tensor:
+    """Half precision as float32, everything else as it is."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 class Call:
@@ -86,14 +92,26 @@ class RootCall(Call):
     Attributes:
         rng: state of the CPU generator before the call, None if the call drew nothing.
         grad: whether an input required grad (the replay then records a graph too).
+        autocast: device type and dtype of the autocast region it ran in, None outside one.
     """
 
-    __slots__ = ("grad", "rng")
+    __slots__ = ("autocast", "grad", "rng")
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
         super().__init__(module, args, kwargs, outputs)
         self.rng: Tensor | None = None
-        self.grad = any(t.requires_grad for t in tensors((args, kwargs)))
+        found = tensors((args, kwargs))
+        self.grad = any(t.requires_grad for t in found)
+        device = found[0].device.type if found else "cpu"
+        on = torch.is_autocast_enabled(device)
+        self.autocast = (device, torch.get_autocast_dtype(device)) if on else None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The autocast region to run the call in again."""
+        if self.autocast is None:
+            return nullcontext()
+        # The weights move between replays: a cache of their casts would be stale.
+        return torch.autocast(self.autocast[0], dtype=self.autocast[1], cache_enabled=False)
 
 
 @dataclass
@@ -114,7 +132,7 @@ class CallFactor:
         """The first argument, detached."""
         x = self.call.args[0] if self.call.args else next(iter(self.call.kwargs.values()))
         assert isinstance(x, Tensor)
-        return x.detach()
+        return wide(x.detach())
 
     def factor(self) -> Tensor:
         """The factor at the only output, shape (r, batch, ...)."""

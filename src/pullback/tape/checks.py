@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pullback.errors import MixingError
 from pullback.tape import sweep
-from pullback.tape.call import RootCall
+from pullback.tape.call import RootCall, tensors, wide
 from pullback.tape.graph import Reached
-from pullback.tape.plan import Names, Unit
-from pullback.tape.recorder import Recorder
+from pullback.tape.plan import Unit
+from pullback.tape.recorder import Recorder, uses_batch_statistics
 from pullback.tape.term import LossUse, gather, one_sample
 
 
@@ -44,23 +44,21 @@ def mixed_calls(use: LossUse, found: Reached, N: int) -> set[int]:
     return mixed
 
 
-def missed(
-    units: Sequence[Unit], use: LossUse, found: Reached, names: Names, N: int, costate: Tensor
-) -> dict[int, float]:
+def missed(units: Sequence[Unit], use: LossUse, found: Reached, N: int, costate: Tensor) -> dict[int, float]:
     """Parameters whose rows, fed with the costate, miss the gradient that autograd finds.
 
     Args:
         units: who gives rows to whom.
         use: the use of the loss.
         found: the calls that reach its prediction.
-        names: where parameters live.
         N: samples.
         costate: gradient of the loss at the prediction.
 
     Returns:
         Relative error by id of the parameter; empty if all agree.
     """
-    params = {k: p for k, p in found.params.items() if p.requires_grad and k in names.places}
+    given = {id(p) for unit in units for p in unit.parameters()}
+    params = {k: p for k, p in found.params.items() if k in given}
     if not params:
         return {}
     true = torch.autograd.grad(use.edge, list(params.values()), costate, retain_graph=True)
@@ -68,17 +66,24 @@ def missed(
     ours = {k: torch.zeros_like(p) for k, p in params.items()}
     for unit in units:
         rows = unit.rows(factors[id(unit.module)], N)
-        total = rows.rmatvec(costate.new_ones(N))
+        total = rows.rmatvec(wide(costate.new_ones(N)))
         for p, g in zip(rows.params, rows.split(total), strict=True):
             ours[id(p)] += g
     norm = sum(float(g.square().sum()) for g in true) ** 0.5
+    # Under autocast the rows are as good as the half precision they came through.
+    coarse = max([torch.finfo(costate.dtype).eps, *(torch.finfo(t.dtype).eps for t in _floating(found))])
     wrong = {}
     for (key, _), g in zip(params.items(), true, strict=True):
-        eps = torch.finfo(g.dtype).eps
+        eps = max(torch.finfo(g.dtype).eps, coarse)
         miss, scale = float((ours[key] - g).norm()), float(g.norm())
-        if not miss <= eps**0.5 * scale + 1e3 * eps * norm:
+        if not miss <= eps**0.5 * scale + min(1e3 * eps, eps**0.5) * norm:
             wrong[key] = miss / max(scale, torch.finfo(g.dtype).tiny)
     return wrong
+
+
+def _floating(found: Reached) -> list[Tensor]:
+    """Floating inputs of the calls."""
+    return [t for call, _ in found.calls for t in tensors(call.args) if t.is_floating_point()]
 
 
 def refuse_mixing(found: Reached, mixed: set[int], recorder: Recorder) -> None:
@@ -94,11 +99,11 @@ def refuse_mixing(found: Reached, mixed: set[int], recorder: Recorder) -> None:
     """
     for call, _ in found.calls:
         m = call.module
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+        if uses_batch_statistics(m) and recorder.name_of(m) not in recorder.frozen:
             raise MixingError(
                 f"'{recorder.name_of(m)}' ({type(m).__name__}) mixes the samples of a batch in training mode, so the "
-                "metric has no rows; call .eval() on it after warming up its statistics, or use GroupNorm or "
-                "LayerNorm."
+                "metric has no rows; hold its statistics constant there with batch_norm='frozen', call .eval() on it, "
+                "or use GroupNorm."
             )
     for call, _ in found.calls:
         if isinstance(call, RootCall) and id(call) in mixed:

@@ -27,6 +27,10 @@ class Unit:
     name: str
     wanted: list[str] = field(default_factory=list)
 
+    def parameters(self) -> list[Tensor]:
+        """The wanted parameters."""
+        return [self.module.get_parameter(name) for name in self.wanted]
+
     def rows(self, calls: Sequence[CallFactor], N: int) -> Rows:
         """Rows of the wanted parameters from the module's calls in one term."""
         rule = find_rule(self.module)
@@ -102,7 +106,11 @@ def usable_calls(calls: Iterable[Call], N: int, mixed: set[int]) -> dict[int, li
 
 
 def assign(
-    names: Names, usable: dict[int, list[Call]], reached: dict[int, Tensor], forced: Set[int] = frozenset()
+    names: Names,
+    usable: dict[int, list[Call]],
+    reached: dict[int, Tensor],
+    forced: Set[int] = frozenset(),
+    strays: dict[int, str] | None = None,
 ) -> list[Unit]:
     """Give every reached parameter to the calls of the modules that own it.
 
@@ -112,8 +120,9 @@ def assign(
     Args:
         names: where parameters live.
         usable: calls that can be read, by module id.
-        reached: parameters the prediction depends on, by id.
+        reached: trained parameters the prediction depends on, by id.
         forced: parameters to give to the model as a whole.
+        strays: collects parameters that cannot be given rows, with the reason; None to refuse them.
 
     Raises:
         CoverageError: if a parameter has no module above it that can be read.
@@ -125,9 +134,7 @@ def assign(
         if leaf not in unit.wanted:
             unit.wanted.append(leaf)
 
-    for key, p in reached.items():
-        if not p.requires_grad or key not in names.places:
-            continue
+    for key in (k for k in names.full if k in reached):  # in the model's own order
         places = names.places[key]
         own = [place for place in places if id(names.modules[place[0]]) in usable]
         if own and key not in forced:
@@ -136,6 +143,9 @@ def assign(
             continue
         above = [""] if key in forced else names.ancestors(places)
         chosen = next((a for a in above if id(names.modules[a]) in usable), None)
+        if chosen is None and strays is not None:
+            strays[key] = "no call gives it one row per sample"
+            continue
         if chosen is None:
             raise CoverageError(
                 f"No call was seen that gives parameter '{names.full[key]}' one row per sample; call the "

@@ -49,6 +49,11 @@ def notes(node: Node) -> dict[Any, Any]:
     return cast("dict[Any, Any]", node.metadata)
 
 
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that normalises by the batch at hand."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+
+
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
@@ -60,11 +65,19 @@ class Recorder:
 
     Args:
         model: the model; it is held weakly.
+        freeze: whether sweeps hold the statistics of BatchNorm layers constant.
+
+    Attributes:
+        sweeping: True while factors are pulled back (and not in the user's own backward pass).
+        frozen: names of the BatchNorm layers whose statistics were held constant.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, freeze: bool = False) -> None:
         self.key = f"pullback-{next(_serial)}"
         self.enabled = True
+        self.sweeping = False
+        self.frozen: dict[str, None] = {}
+        self._freeze = freeze
         self.names: dict[int, str] = {id(m): name for name, m in model.named_modules()}
         self._rng: Tensor | None = None
         self._handles: list[Any] = []
@@ -112,6 +125,28 @@ class Recorder:
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.active:
             self._write(Call(module, args, kwargs, len(tensors(output))), output)
+            if self._freeze and uses_batch_statistics(module):
+                self._hold_statistics(module, args, output)
+
+    def _hold_statistics(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """In sweeps, let the cotangent through a BatchNorm as if mean and variance were constants."""
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if not output.requires_grad or output.grad_fn is None:
+            return
+        self.frozen[self.name_of(module)] = None
+        x, recorder = args[0].detach(), weakref.ref(self)
+
+        def constant(grads_in: tuple[Tensor | None, ...], grads_out: tuple[Tensor, ...]) -> Any:
+            owner = recorder()
+            if owner is None or not owner.sweeping or grads_in[0] is None:
+                return None
+            axes = [k for k in range(x.ndim) if k != 1]
+            scale = (x.var(axes, correction=0, keepdim=True) + module.eps).rsqrt()
+            if module.weight is not None:
+                scale = scale * module.weight.detach().view(scale.shape)
+            return (grads_out[0] * scale, *grads_in[1:])
+
+        output.grad_fn.register_hook(constant)
 
     def _root_enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.active:

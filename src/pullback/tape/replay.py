@@ -39,8 +39,10 @@ def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
                 if id(root) not in outputs:
                     if root.rng is not None:
                         torch.set_rng_state(root.rng)
-                    outputs[id(root)] = tensors(model(*root.args, **root.kwargs))
-                value = term.use.evaluate(path.follow(outputs[id(root)])).detach()
+                    with root.context():
+                        outputs[id(root)] = tensors(model(*root.args, **root.kwargs))
+                with term.use.context():
+                    value = term.use.evaluate(path.follow(outputs[id(root)])).detach()
             total = value if total is None else total + value
     assert total is not None
     return total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from pullback.errors import CoverageError, MetricError
 from pullback.metric import OutputMetric, cell_weights
 from pullback.tape import sweep
-from pullback.tape.call import tensors
+from pullback.tape.call import tensors, wide
 from pullback.tape.checks import missed, mixed_calls, refuse_mixing
 from pullback.tape.graph import Reached, path_to, reach
 from pullback.tape.plan import Names, Plan, assign, usable_calls
@@ -40,8 +40,12 @@ class Tape:
         criterion: the loss module, or None: then the model's output is the prediction.
         metric: the output metric.
         strategy: how to sweep columns; ``"auto"`` times the ways once per structure of calls.
+        batch_norm: ``"refuse"`` BatchNorm on batch statistics, or hold them constant: ``"frozen"``.
+        mine: ids of the parameters to give rows to; None for all that require grad.
+        lenient: whether parameters that cannot be given rows are collected in ``strays`` or refused.
 
     Attributes:
+        strays: why parameters were given no rows, by id.
         terms: the swept uses of the loss since :meth:`clear`, in order of backward.
         finite: False if a use could not be swept because its numbers are not finite.
     """
@@ -52,15 +56,24 @@ class Tape:
         criterion: nn.Module | None,
         metric: OutputMetric,
         strategy: sweep.Strategy | str = "auto",
+        *,
+        batch_norm: str = "refuse",
+        mine: Callable[[], Set[int]] | None = None,
+        lenient: bool = False,
     ) -> None:
         if strategy not in ("auto", *sweep.STRATEGIES):
             raise ValueError(f"sweep must be 'auto', 'loop', 'vmap' or 'fold', got {strategy!r}.")
+        if batch_norm not in ("refuse", "frozen"):
+            raise ValueError(f"batch_norm must be 'refuse' or 'frozen', got {batch_norm!r}.")
         self.metric = metric
+        self.strays: dict[int, str] = {}
+        self._mine = mine
+        self._lenient = lenient
         self.strategy = strategy
         self.terms: list[Term] = []
         self.finite = True
         self.plans: dict[Any, Plan] = {}
-        self.recorder = Recorder(model)
+        self.recorder = Recorder(model, freeze=batch_norm == "frozen")
         self.names = Names(model)
         self._model = weakref.ref(model)
         self._busy = False
@@ -109,6 +122,9 @@ class Tape:
         (node, number), *_ = alias.grad_fn.next_functions
         assert node is not None
         use = LossUse(GradientEdge(node, number), alias.detach(), criterion, others, rest, output.detach())
+        device = alias.device.type
+        if torch.is_autocast_enabled(device):
+            use.autocast = (device, torch.get_autocast_dtype(device))
         self._await(use, alias, output)
 
     def _model_called(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -120,8 +136,7 @@ class Tape:
             return None
         if len(found) > 1:
             raise MetricError(
-                f"The model returned {len(found)} tensors; without a criterion module exactly one prediction "
-                "is needed."
+                f"The model returned {len(found)} tensors; without a criterion module exactly one prediction is needed."
             )
         z = found[0]
         alias = z.view_as(z)
@@ -153,7 +168,7 @@ class Tape:
     def _sweep(self, use: LossUse, costate: Tensor) -> None:
         if self._busy or not self.recorder.enabled:
             return
-        self._busy = True
+        self._busy = self.recorder.sweeping = True
         try:
             with self.recorder.paused(), torch.no_grad():
                 found = reach(use.edge, self.recorder.key)
@@ -162,28 +177,30 @@ class Tape:
         except NotFiniteError:
             self.finite = False
         finally:
-            self._busy = False
+            self._busy = self.recorder.sweeping = False
 
     def _pull_back(self, use: LossUse, found: Reached, costate: Tensor) -> Term:
         start = time.perf_counter()
         if use.upstream is not None and bool((use.upstream < 0).any()):
             raise MetricError("The loss enters the objective with a negative weight; minimise it instead.")
         N = _samples(use, found)
-        weight = cell_weights(use.criterion, self.metric, use.z, use.target, N)
+        # Under autocast predictions are half precision; the metric is formed in float32, swept in half.
+        z, costate = wide(use.z), wide(costate)
+        weight = cell_weights(use.criterion, self.metric, z, use.target, N)
         if use.upstream is not None:
-            weight = weight * use.upstream
-        S = self.metric.factor(use.z, weight, N)
-        e0 = self.metric.coordinates(use.z, weight, costate, N)
+            weight = weight * use.upstream.to(weight.dtype)
+        S = self.metric.factor(z, weight, N)
+        e0 = self.metric.coordinates(z, weight, costate, N)
         structure = _structure(found, use, S.shape[0])
         plan = self.plans.get(structure)
         if plan is None:
             if not (bool(torch.isfinite(costate).all()) and bool(torch.isfinite(S).all())):
                 # Nothing can be checked on such numbers, and no step will be taken on them.
                 raise NotFiniteError
-            plan = self._make_plan(use, found, N, S, costate)
+            plan = self._make_plan(use, found, N, S.to(use.z.dtype), costate.to(use.z.dtype))
             self.plans[structure] = plan
         found = found.only(plan.modules)
-        columns = self._columns(plan.strategy, use, found, S)
+        columns = self._columns(plan.strategy, use, found, S.to(use.z.dtype))
         return Term(
             use=use,
             exact=self.metric.exact,
@@ -226,7 +243,7 @@ class Tape:
         args, kwargs = pytree.tree_map(repeated, (path.root.args, dict(path.root.kwargs)))
         self.recorder.enabled = True
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), path.root.context():
                 z = path.follow(tensors(model(*args, **kwargs)))
         finally:
             self.recorder.enabled = False
@@ -242,12 +259,20 @@ class Tape:
         mixed = mixed_calls(use, found, N)
         usable = usable_calls([call for call, _ in found.calls], N, mixed)
         refuse_mixing(found, mixed, self.recorder)
-        units = assign(self.names, usable, found.params)
-        wrong = missed(units, use, found, self.names, N, costate)
+        mine = self._mine() if self._mine is not None else found.params.keys()
+        trained = {k: p for k, p in found.params.items() if p.requires_grad and k in self.names.places and k in mine}
+        strays = self.strays if self._lenient else None
+        units = assign(self.names, usable, trained, strays=strays)
+        wrong = missed(units, use, found, N, costate)
         if wrong:
             # A parameter that is also used outside the calls of its module: ask the whole model.
-            units = assign(self.names, usable, found.params, forced=set(wrong))
-            wrong = missed(units, use, found, self.names, N, costate)
+            units = assign(self.names, usable, trained, set(wrong), strays)
+            wrong = missed(units, use, found, N, costate)
+        if wrong and strays is not None:
+            strays.update(dict.fromkeys(wrong, "its rows do not reproduce its gradient"))
+            kept = {k: p for k, p in trained.items() if k not in wrong}
+            units = assign(self.names, usable, kept, strays=strays)
+            wrong = {}
         if wrong:
             name, error = next((self.names.full[k], e) for k, e in wrong.items())
             raise CoverageError(
@@ -306,7 +331,8 @@ def _structure(found: Reached, use: LossUse, r: int) -> Any:
     """What must be the same for a plan to hold: modules, shapes, modes, trained parameters."""
     calls = tuple((id(call.module), call.module.training, call.shape) for call, _ in found.calls)
     trained = tuple(key for key, p in found.params.items() if p.requires_grad)
-    return calls, trained, tuple(use.z.shape[1:]), r, use.path is None
+    # One sample alone has nothing to be mixed with: what was found then says nothing of larger batches.
+    return calls, trained, tuple(use.z.shape[1:]), r, use.path is None, use.z.shape[0] > 1
 
 
 def _can_fold(use: LossUse, found: Reached, model: nn.Module | None, N: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from pullback.tape.call import CallFactor, RootCall
+from pullback.tape.call import CallFactor, RootCall, wide
 from pullback.tape.graph import Path, Reached
 from pullback.tape.plan import Plan
 
@@ -31,6 +32,7 @@ class LossUse:
         value: the loss it returned, detached; None for a functional loss.
         path: how the prediction came from the model, if it can be replayed.
         upstream: gradient that reached the loss's output.
+        autocast: device type and dtype of the autocast region the loss was called in, None outside one.
     """
 
     edge: GradientEdge
@@ -41,6 +43,13 @@ class LossUse:
     value: Tensor | None = None
     path: Path | None = None
     upstream: Tensor | None = None
+    autocast: tuple[str, torch.dtype] | None = None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The autocast region the loss was called in."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.autocast[0], dtype=self.autocast[1])
 
     @property
     def target(self) -> Tensor | None:
@@ -107,7 +116,7 @@ def gather(found: Reached, columns: Sequence[Tensor], r: int) -> dict[int, list[
     for call, edges in found.calls:
         factor = CallFactor(call, r, [None] * call.outputs)
         for index in edges:
-            factor.parts[index] = next(parts)
+            factor.parts[index] = wide(next(parts))
         out.setdefault(id(call.module), []).append(factor)
     return out
 

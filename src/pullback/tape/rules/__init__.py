@@ -9,6 +9,7 @@ from torch import nn
 
 from pullback.tape.call import CallFactor
 from pullback.tape.rules.base import DenseRows, Rows
+from pullback.tape.rules.batch_norm import batch_norm_rows
 from pullback.tape.rules.conv import conv2d_rows
 from pullback.tape.rules.embedding import embedding_rows
 from pullback.tape.rules.generic import generic_rows
@@ -31,6 +32,7 @@ RULES: list[tuple[type[nn.Module], Rule, Callable[[Any], bool], bool]] = [
     (nn.Conv2d, conv2d_rows, lambda m: m.groups == 1, False),
     (nn.Embedding, embedding_rows, lambda m: m.max_norm is None and not m.scale_grad_by_freq, True),
     (nn.LayerNorm, layer_norm_rows, _always, True),
+    (nn.modules.batchnorm._BatchNorm, batch_norm_rows, _always, False),
     (nn.PReLU, prelu_rows, _always, False),
 ]
 

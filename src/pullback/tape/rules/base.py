@@ -82,6 +82,19 @@ class Rows(ABC):
         """Multiply-adds of :meth:`primal`."""
         return float(self.R) * self.n**2
 
+    def diagonal(self) -> Tensor:
+        """Diagonal of U^T U, shape (n,)."""
+        out: Tensor | None = None
+        for U in self.chunks():
+            part = U.square().sum((0, 1))
+            out = part if out is None else out + part
+        assert out is not None
+        return out
+
+    def matvec_flops(self) -> float:
+        """Multiply-adds of a product with U or U^T, roughly."""
+        return float(self.R) * self.n
+
     def cross(self, other: Rows) -> Tensor:
         """U U'^T with the rows of another term for the same parameters, shape (R, R')."""
         return self.dense().reshape(-1, self.n) @ other.dense().reshape(-1, other.n).T

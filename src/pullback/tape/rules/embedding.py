@@ -62,9 +62,7 @@ class EmbeddingRows(OuterRows):
         return EmbeddingRows(self.weight, self.index, self.s.to(dtype))
 
 
-def embedding_rows(
-    module: nn.Embedding, calls: Sequence[CallFactor], wanted: frozenset[str], N: int
-) -> EmbeddingRows:
+def embedding_rows(module: nn.Embedding, calls: Sequence[CallFactor], wanted: frozenset[str], N: int) -> EmbeddingRows:
     """Rows of an embedding; several calls are further positions.
 
     Args:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pullback.errors import CoverageError
-from pullback.tape.call import CallFactor, tensors
+from pullback.tape.call import CallFactor, tensors, wide
 from pullback.tape.rules.base import CHUNK_NUMBERS, DenseRows
 
 
@@ -38,7 +38,7 @@ def generic_rows(module: nn.Module, calls: Sequence[CallFactor], wanted: Sequenc
         U = _rows_of_call(module, call, params, N)
         total = U if total is None else total + U
     assert total is not None
-    return DenseRows(list(params.values()), total, f"vmap of {type(module).__name__}")
+    return DenseRows(list(params.values()), total, f"per-sample products of {type(module).__name__}")
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -72,6 +72,7 @@ def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Para
 
         return torch.func.vmap(rows)(v)
 
+    leaves = [wide(t) if isinstance(t, Tensor) else t for t in leaves]
     samples = [t.detach() for t, b in zip(leaves, batched, strict=True) if b]
     numbers = call.r * sum(p.numel() for p in own.values())
     try:

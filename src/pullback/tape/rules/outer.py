@@ -121,6 +121,22 @@ class OuterRows(Rows):
             out[o * i :, o * i :] = metric.sum(0)
         return out
 
+    def diagonal(self) -> Tensor:
+        """With one position the squares factorise. See the base class."""
+        if self.P > 1:
+            return super().diagonal()
+        s2 = self.s[:, :, 0].square().sum(0)
+        pieces = []
+        if self.weight is not None:
+            pieces.append((s2.T @ self.input_rows(0, None)[:, 0].square()).reshape(-1))
+        if self.bias is not None:
+            pieces.append(s2.sum(0))
+        return joined(pieces, 0)
+
+    def matvec_flops(self) -> float:
+        """See the base class."""
+        return float(self.N * self.P) * self.n + float(self.R * self.P) * self.s.shape[3]
+
     # -- costs ----------------------------------------------------------------------------------------
 
     def gram_flops(self) -> float:

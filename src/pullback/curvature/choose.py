@@ -1,0 +1,62 @@
+"""Which solver a group gets: the one asked for, or the cheapest that fits into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from pullback.curvature.block import Block
+from pullback.curvature.dual import Dual
+from pullback.curvature.free import MatrixFree
+from pullback.curvature.primal import Primal
+from pullback.curvature.solver import Solver
+from pullback.errors import StepError
+
+Space = Literal["auto", "dual", "primal", "cg"]
+
+SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (Dual, Primal, MatrixFree)}
+
+
+def memory_budget() -> float:
+    """Bytes the matrices of a group may take by default: half of what the machine has."""
+    try:
+        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a POSIX machine
+        return 4e9
+
+
+def solver_for(blocks: Sequence[Block], space: Space = "auto", budget: float | None = None) -> Solver:
+    """The solver of a group of blocks.
+
+    ``"auto"`` takes dual or primal, whichever costs fewer operations and fits; conjugate gradients if
+    neither fits. A solver asked for by name must fit.
+
+    Args:
+        blocks: blocks that move jointly.
+        space: the solver's name, or ``"auto"``.
+        budget: bytes it may take; None for :func:`memory_budget`.
+
+    Raises:
+        StepError: before anything is allocated, if the solver asked for does not fit.
+    """
+    budget = memory_budget() if budget is None else budget
+    # Eight bytes a number: the solve may have to go to float64.
+    need = {name: 8.0 * kind.numbers(blocks) for name, kind in SOLVERS.items()}
+    if space != "auto":
+        if need[space] > budget:
+            raise StepError(_too_large(blocks, space, need[space], budget))
+        return SOLVERS[space](blocks)
+    fits = [name for name in ("dual", "primal") if need[name] <= budget]
+    if not fits:
+        return MatrixFree(blocks)
+    return SOLVERS[min(fits, key=lambda name: SOLVERS[name].flops(blocks))](blocks)
+
+
+def _too_large(blocks: Sequence[Block], space: str, need: float, budget: float) -> str:
+    size = blocks[0].R if space == "dual" else sum(block.n for block in blocks)
+    names = ", ".join(block.name for block in blocks[:3]) + (", ..." if len(blocks) > 3 else "")
+    return (
+        f"solver='{space}' for {names} needs {need / 1e9:.1f} GB ({size} x {size}), over the {budget / 1e9:.1f} GB "
+        "allowed; use solver='auto', metric=Sampled(m=1), a smaller batch or partition='layerwise', or raise memory=."
+    )

@@ -1,0 +1,79 @@
+"""The dual: solve in the R-space by Woodbury (theory 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pullback.curvature.block import Block
+from pullback.curvature.cholesky import Factorised, factorise
+from pullback.curvature.solver import Solver
+
+
+class Dual(Solver):
+    r"""Factorises :math:`\mu I + K`, :math:`K = \sum_l U_l U_l^\top`, R x R.
+
+    With :math:`w = (\mu I + K)^{-1} (e_0 - U h / \mu)` the direction is :math:`d = -U^\top w - h / \mu` and
+    :math:`U d = \mu w - e_0` at no further cost (derived in docs/theory; h = 0 is theory 2's short form,
+    :math:`e_0 = 0` its general form).
+    """
+
+    name = "dual"
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__(blocks)
+        self._matrix: Tensor | None = None
+        self._factor: Factorised | None = None
+
+    @classmethod
+    def flops(cls, blocks: Sequence[Block]) -> float:
+        """See the base class."""
+        return sum(block.gram_flops() for block in blocks) + blocks[0].R ** 3 / 3
+
+    @classmethod
+    def numbers(cls, blocks: Sequence[Block]) -> float:
+        """The Gram, its shifted copy and the factor. See the base class."""
+        return 3.0 * blocks[0].R ** 2
+
+    @property
+    def matrix(self) -> Tensor:
+        """K, formed at first use."""
+        if self._matrix is None:
+            K = self.blocks[0].gram()
+            for block in self.blocks[1:]:
+                K += block.gram()
+            self._matrix = K
+        return self._matrix
+
+    def trace(self) -> Tensor:
+        """See the base class."""
+        return self.matrix.diagonal().sum()
+
+    def sharpen(self) -> None:
+        """See the base class."""
+        if self.dtype == torch.float32:
+            super().sharpen()
+            self._matrix = None
+
+    def factorise(self, mu: float) -> None:
+        """See the base class."""
+        self._factor = factorise(self.matrix, mu)
+        self.outcome = self._factor.outcome
+
+    def direction(
+        self, e0: Tensor, g: Sequence[Tensor], rest: Sequence[Tensor] | None, mu: float
+    ) -> tuple[list[Tensor], Tensor]:
+        """See the base class."""
+        assert self._factor is not None
+        dtype, out = self.matrix.dtype, e0.dtype
+        rhs = e0 = e0.to(dtype)
+        if rest is not None:
+            rest = [h.to(dtype) for h in rest]
+            rhs = e0 - self.matvec(rest) / mu
+        w = self._factor.solve(rhs)
+        d = [-part for part in self.rmatvec(w)]
+        if rest is not None:
+            d = [part - h / mu for part, h in zip(d, rest, strict=True)]
+        return [part.to(out) for part in d], (mu * w - e0).to(out)
