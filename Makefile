@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.cli
 	$(BIN)/pullback compare digits \
 	  --optimizers layerwise-metric,gauss-newton,adam:lr=3e-3,sgd:lr=0.1,lbfgs,muon:lr=0.02 \
-	  --epochs 20 --seeds 2 --threads 1 --out demo
+	  --epochs 20 --seeds 3 --threads 1 --out demo
 
 test: lint types docs unit
 

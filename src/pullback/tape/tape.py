@@ -337,4 +337,6 @@ def _structure(found: Reached, use: LossUse, r: int) -> Any:
 
 def _can_fold(use: LossUse, found: Reached, model: nn.Module | None, N: int) -> bool:
     alone = len(found.roots) == 1 and use.path is not None and found.roots[0].rng is None
-    return alone and model is not None and not any(True for _ in model.buffers()) and use.z.shape[0] % N == 0
+    # A module in training mode may write its buffers; a folded batch must leave no trace.
+    pure = model is not None and not any(m.training and m._buffers for m in model.modules())
+    return alone and pure and use.z.shape[0] % N == 0
