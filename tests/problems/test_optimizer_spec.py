@@ -105,9 +105,7 @@ def test_our_options_become_objects() -> None:
     assert isinstance(make("gauss-newton"), pullback.GaussNewton)
 
 
-@pytest.mark.parametrize(
-    "text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1"]
-)
+@pytest.mark.parametrize("text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1"])
 def test_a_refused_value_is_one_sentence(text: str) -> None:
     with pytest.raises(SpecError, match="refuses"):
         make(text)

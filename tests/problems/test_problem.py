@@ -35,9 +35,7 @@ def test_parts_that_do_not_fit_are_refused(line: Problem, change: dict[str, Any]
 
 
 def test_metrics() -> None:
-    assert (
-        accuracy(torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 3.0], [3.0, 2.0]]), torch.tensor([1, 0, 0, 0])) == 0.75
-    )
+    assert accuracy(torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 3.0], [3.0, 2.0]]), torch.tensor([1, 0, 0, 0])) == 0.75
     assert accuracy(torch.tensor([[2.0], [-2.0]]), torch.tensor([[1.0], [1.0]])) == 0.5
     assert rmse(torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, 3.0])) == pytest.approx(2**0.5)
 

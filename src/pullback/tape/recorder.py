@@ -8,8 +8,9 @@ follows (``ReLU(inplace=True)``, ``x += skip``) cannot rebind it.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from pullback.tape.call import Call, RootCall, tensors
 
 _serial = itertools.count()
+
+#: calls a function outside torch.compile; made when that is first loaded, for loading it takes a second
+_untraced: list[Callable[..., Any]] = []
 
 
 class Hook:
@@ -34,6 +38,14 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         """Call the method of the owner, if it is still there."""
+        if "torch._dynamo" in sys.modules:
+            # A hook looks at autograd's graph: torch.compile is to break its own here, not to trace it.
+            if not _untraced:
+                _untraced.append(sys.modules["torch._dynamo"].disable(lambda function, *a: function(*a)))
+            return _untraced[0](self._call, *args)
+        return self._call(*args)
+
+    def _call(self, *args: Any) -> Any:
         owner = None if self._owner is None else self._owner()
         return None if owner is None else getattr(owner, self._method)(*args)
 

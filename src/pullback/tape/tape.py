@@ -191,6 +191,10 @@ class Tape:
             weight = weight * use.upstream.to(weight.dtype)
         S = self.metric.factor(z, weight, N)
         e0 = self.metric.coordinates(z, weight, costate, N)
+        mine = self._mine() if self._mine is not None else found.params.keys()
+        found.params = {
+            k: p for k, p in found.params.items() if p.requires_grad and k in mine and k in self.names.places
+        }
         structure = _structure(found, use, S.shape[0])
         plan = self.plans.get(structure)
         if plan is None:
@@ -259,8 +263,7 @@ class Tape:
         mixed = mixed_calls(use, found, N)
         usable = usable_calls([call for call, _ in found.calls], N, mixed)
         refuse_mixing(found, mixed, self.recorder)
-        mine = self._mine() if self._mine is not None else found.params.keys()
-        trained = {k: p for k, p in found.params.items() if p.requires_grad and k in self.names.places and k in mine}
+        trained = found.params
         strays = self.strays if self._lenient else None
         units = assign(self.names, usable, trained, strays=strays)
         wrong = missed(units, use, found, N, costate)
@@ -330,7 +333,7 @@ def _samples(use: LossUse, found: Reached) -> int:
 def _structure(found: Reached, use: LossUse, r: int) -> Any:
     """What must be the same for a plan to hold: modules, shapes, modes, trained parameters."""
     calls = tuple((id(call.module), call.module.training, call.shape) for call, _ in found.calls)
-    trained = tuple(key for key, p in found.params.items() if p.requires_grad)
+    trained = tuple(found.params)
     # One sample alone has nothing to be mixed with: what was found then says nothing of larger batches.
     return calls, trained, tuple(use.z.shape[1:]), r, use.path is None, use.z.shape[0] > 1
 
