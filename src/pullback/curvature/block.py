@@ -157,10 +157,14 @@ def blocks_of(terms: Sequence[Term]) -> list[Block]:
     blocks = []
     for members in _tied([rows for _, _, rows in found]):
         own = [found[k] for k in members]
+        if len(own) == 1:
+            t, name, alone = own[0]
+            blocks.append(Block(alone.params, {t: alone}, sizes, name or "(model)"))
+            continue
         names = " + ".join(dict.fromkeys(name or "(model)" for _, name, _ in own))
         params = tuple(dict.fromkeys(p for _, _, rows in own for p in rows.params))
-        alone = len({t for t, _, _ in own}) == len(own)
-        if alone and all(rows.params == params for _, _, rows in own):
+        once = len({t for t, _, _ in own}) == len(own)
+        if once and all(rows.params == params for _, _, rows in own):
             blocks.append(Block(params, {t: rows for t, _, rows in own}, sizes, names))
         else:
             merged = {t: _merge(params, [rows for k, _, rows in own if k == t]) for t, _, _ in own}
@@ -170,6 +174,9 @@ def blocks_of(terms: Sequence[Term]) -> list[Block]:
 
 def _tied(rows: Sequence[Rows]) -> list[list[int]]:
     """Indices of rows that share parameters, directly or through others."""
+    every = [id(p) for r in rows for p in r.params]
+    if len(set(every)) == len(every):
+        return [[k] for k in range(len(rows))]
     groups: list[tuple[set[int], list[int]]] = []
     for k, r in enumerate(rows):
         ids, members = {id(p) for p in r.params}, [k]

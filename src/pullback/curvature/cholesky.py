@@ -6,6 +6,7 @@ ones (round-off of a Gram) raised to zero; an error. Each rung costs one look at
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,4 +80,4 @@ def _attempt(A: Tensor, shift: float) -> Tensor | None:
     shifted = A.clone()
     shifted.diagonal().add_(shift)
     L, info = torch.linalg.cholesky_ex(shifted)
-    return L if int(info) == 0 and bool(torch.isfinite(L[-1, -1])) else None
+    return L if info.item() == 0 and math.isfinite(L.diagonal().sum().item()) else None

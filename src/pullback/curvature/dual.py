@@ -73,7 +73,7 @@ class Dual(Solver):
             rest = [h.to(dtype) for h in rest]
             rhs = e0 - self.matvec(rest) / mu
         w = self._factor.solve(rhs)
-        d = [-part for part in self.rmatvec(w)]
+        d = self.rmatvec(-w)
         if rest is not None:
-            d = [part - h / mu for part, h in zip(d, rest, strict=True)]
+            d = [part.sub_(h, alpha=1 / mu) for part, h in zip(d, rest, strict=True)]
         return [part.to(out) for part in d], (mu * w - e0).to(out)

@@ -52,8 +52,8 @@ class Taken:
 
     def rise(self, grads: Mapping[int, Tensor]) -> float:
         """r: slope along the step on another batch over the slope it had on its own."""
-        slope = sum(float((grads[key] * s).sum()) for key, s in self.step.items() if key in grads)
-        return slope / abs(self.slope) if self.slope else 0.0
+        dots = [torch.dot(grads[key].reshape(-1), s.reshape(-1)) for key, s in self.step.items() if key in grads]
+        return float(torch.stack(dots).sum()) / abs(self.slope) if self.slope and dots else 0.0
 
 
 @dataclass

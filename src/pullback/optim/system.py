@@ -91,8 +91,11 @@ class System:
         return [p for solver in self.solvers for block in solver.blocks for p in block.params]
 
     def sharpen(self, mu: float) -> None:
-        """Solve in float64 once the damping is so small that a float32 Gram has lost it (theory 3)."""
-        if mu < 1e-3 * self.unit:
+        """Solve in float64 once the damping is so small that a float32 Gram has lost it (theory 3).
+
+        Under a sketch the metric's own noise is larger than what float32 loses, down to the last digits.
+        """
+        if mu < (1e-4 if self.lin.exact else 1e-6) * self.unit:
             for solver in self.solvers:
                 solver.sharpen()
 

@@ -25,6 +25,8 @@ class Rows(ABC):
         params: the parameters the columns belong to, in packing order.
         r: factor columns.
         N: samples.
+        R: number of rows, r N.
+        n: number of columns, the parameters.
     """
 
     #: name of the rule, for the coverage report
@@ -34,16 +36,8 @@ class Rows(ABC):
         self.params = tuple(params)
         self.r = r
         self.N = N
-
-    @property
-    def R(self) -> int:
-        """Number of rows."""
-        return self.r * self.N
-
-    @property
-    def n(self) -> int:
-        """Number of columns, the parameters."""
-        return sum(p.numel() for p in self.params)
+        self.R = r * N
+        self.n = sum(p.numel() for p in self.params)
 
     @abstractmethod
     def gram(self) -> Tensor:

@@ -28,7 +28,8 @@ class LinearRows(OuterRows):
     def inner(self, other: OuterRows) -> Tensor:
         """See the base class."""
         assert isinstance(other, LinearRows)
-        left, right = self.x.reshape(-1, self.width), other.x.reshape(-1, self.width)
+        left = self.x.reshape(-1, self.width)
+        right = left if other is self else other.x.reshape(-1, self.width)
         return (left @ right.T).view(self.N, self.P, other.N, other.P)
 
     def input_rows(self, start: int, stop: int | None) -> Tensor:
@@ -38,6 +39,29 @@ class LinearRows(OuterRows):
     def push(self, weight: Tensor) -> Tensor:
         """See the base class."""
         return self.x @ weight.T
+
+    def matvec(self, delta: Tensor) -> Tensor:
+        """One position needs no third axis. See the base class."""
+        if self.P > 1 or self.weight is None:
+            return super().matvec(delta)
+        k = self.weight.numel()
+        W = delta[:k].view(self.weight.shape)
+        x = self.x[:, 0]
+        y = x @ W.T if self.bias is None else torch.addmm(delta[k:], x, W.T)
+        return (self.s[:, :, 0] * y).sum(-1).reshape(-1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """One position needs no third axis. See the base class."""
+        if self.P > 1 or self.weight is None:
+            return super().rmatvec(v)
+        s = self.s[:, :, 0]
+        c = s[0] * v[:, None] if self.r == 1 else torch.einsum("ano,an->no", s, v.view(self.r, self.N))
+        out = v.new_empty(self.n)
+        k = self.weight.numel()
+        torch.mm(c.T, self.x[:, 0], out=out[:k].view(self.weight.shape))
+        if self.bias is not None:
+            torch.sum(c, 0, out=out[k:])
+        return out
 
     def pull(self, c: Tensor) -> Tensor:
         """See the base class."""

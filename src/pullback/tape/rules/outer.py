@@ -165,7 +165,10 @@ class OuterRows(Rows):
         assert x is not None
         o = self.s.shape[3]
         if self.P == other.P == 1:
-            K = self.s.reshape(-1, o) @ other.s.reshape(-1, o).T
+            left = self.s.reshape(-1, o)
+            K = left @ (left if other is self else other.s.reshape(-1, o)).T
+            if self.r == other.r == 1:
+                return K.mul_(x[:, 0, :, 0])
             K.view(self.r, self.N, other.r, other.N).mul_(x[:, 0, :, 0][:, None, :])
             return K
         out = self.s.new_empty(self.r, self.N, other.r * other.N)
