@@ -29,6 +29,10 @@ docs: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
+# Not part of the tests: step time over its floor and over Adam's step; the figures are committed.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/floor.py
+
 # A stamp per set of extras: the environment is made anew when the project file or the pins change.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

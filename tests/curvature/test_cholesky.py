@@ -33,7 +33,7 @@ def test_jitter_for_round_off():
 
 def test_float64_where_float32_breaks_down(monkeypatch):
     attempt = cholesky._attempt
-    monkeypatch.setattr(cholesky, "_attempt", lambda A, s: None if A.dtype == torch.float32 else attempt(A, s))
+    monkeypatch.setattr(cholesky, "_attempt", lambda A, s, *m: None if A.dtype == torch.float32 else attempt(A, s, *m))
     A, b = spd(5, torch.float32), torch.randn(5)
     found = factorise(A, 0.1)
     assert found.outcome == "float64"

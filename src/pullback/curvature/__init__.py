@@ -10,6 +10,7 @@ from pullback.curvature.mass import Mass, check_mass, scales_of, weigh
 from pullback.curvature.partition import Partition, check_partition, divide
 from pullback.curvature.primal import Primal
 from pullback.curvature.solver import Solver
+from pullback.curvature.workspace import Workspace
 
 __all__ = [
     "SOLVERS",
@@ -24,6 +25,7 @@ __all__ = [
     "Primal",
     "Solver",
     "Space",
+    "Workspace",
     "blocks_of",
     "check_mass",
     "check_partition",

@@ -36,10 +36,14 @@ class Block:
         """How the rows are made."""
         return next(iter(self.rows.values())).rule
 
-    def gram(self) -> Tensor:
-        """K = U U^T, shape (R, R), a fresh tensor."""
+    def gram(self, out: Tensor | None = None) -> Tensor:
+        """K = U U^T, shape (R, R).
+
+        Args:
+            out: memory it may be written to; a fresh tensor without.
+        """
         if len(self.sizes) == 1:
-            return self.rows[0].gram()
+            return self.rows[0].gram() if out is None else self.rows[0].gram_into(out)
         first = next(iter(self.rows.values()))
         K = _like(first).new_zeros(self.R, self.R)
         cut = self._offsets()

@@ -43,17 +43,18 @@ class Factorised:
         return (vectors @ ((vectors.T @ b.to(vectors.dtype)) / values)).to(b.dtype)
 
 
-def factorise(A: Tensor, shift: float) -> Factorised:
+def factorise(A: Tensor, shift: float, memory: Tensor | None = None) -> Factorised:
     """Factorise A + shift I, shape (m, m), A symmetric positive semidefinite up to round-off.
 
     Args:
         A: the matrix; it is left as it is.
         shift: the damping, positive.
+        memory: an (m, m) matrix the factor may be written to, of the dtype of A.
 
     Raises:
         StepError: if A holds values that are not finite.
     """
-    L = _attempt(A, shift)
+    L = _attempt(A, shift, memory)
     if L is not None:
         return Factorised("cholesky", A.dtype, L)
     scale = float(A.diagonal().mean())
@@ -76,8 +77,17 @@ def factorise(A: Tensor, shift: float) -> Factorised:
     return Factorised("eigh", A.dtype, eigen=(values.clamp_min(0) + shift, vectors))
 
 
-def _attempt(A: Tensor, shift: float) -> Tensor | None:
-    shifted = A.clone()
-    shifted.diagonal().add_(shift)
-    L, info = torch.linalg.cholesky_ex(shifted)
+def _attempt(A: Tensor, shift: float, memory: Tensor | None = None) -> Tensor | None:
+    diagonal = A.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(shift)
+    try:
+        if memory is None:
+            L, info = torch.linalg.cholesky_ex(A)
+        else:
+            # Both transposed are column-major, as LAPACK wants them: no copy on the way in or out.
+            L, info = memory.mT, torch.empty((), dtype=torch.int32, device=A.device)
+            torch.linalg.cholesky_ex(A.mT, out=(L, info))
+    finally:
+        diagonal.copy_(before)
     return L if info.item() == 0 and math.isfinite(L.diagonal().sum().item()) else None

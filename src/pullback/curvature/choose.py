@@ -11,6 +11,7 @@ from pullback.curvature.dual import Dual
 from pullback.curvature.free import MatrixFree
 from pullback.curvature.primal import Primal
 from pullback.curvature.solver import Solver
+from pullback.curvature.workspace import Workspace
 from pullback.errors import StepError
 
 Space = Literal["auto", "dual", "primal", "cg"]
@@ -26,7 +27,13 @@ def memory_budget() -> float:
         return 4e9
 
 
-def solver_for(blocks: Sequence[Block], space: Space = "auto", budget: float | None = None) -> Solver:
+def solver_for(
+    blocks: Sequence[Block],
+    space: Space = "auto",
+    budget: float | None = None,
+    workspace: Workspace | None = None,
+    slot: int = 0,
+) -> Solver:
     """The solver of a group of blocks.
 
     ``"auto"`` takes dual or primal, whichever costs fewer operations and fits; conjugate gradients if
@@ -36,6 +43,8 @@ def solver_for(blocks: Sequence[Block], space: Space = "auto", budget: float | N
         blocks: blocks that move jointly.
         space: the solver's name, or ``"auto"``.
         budget: bytes it may take; None for :func:`memory_budget`.
+        workspace: where large matrices live between steps; None for a fresh one.
+        slot: a name of this group in the workspace.
 
     Raises:
         StepError: before anything is allocated, if the solver asked for does not fit.
@@ -46,11 +55,12 @@ def solver_for(blocks: Sequence[Block], space: Space = "auto", budget: float | N
     if space != "auto":
         if need[space] > budget:
             raise StepError(_too_large(blocks, space, need[space], budget))
-        return SOLVERS[space](blocks)
+        return SOLVERS[space](blocks, workspace, slot)
     fits = [name for name in ("dual", "primal") if need[name] <= budget]
     if not fits:
-        return MatrixFree(blocks)
-    return SOLVERS[min(fits, key=lambda name: SOLVERS[name].flops(blocks))](blocks)
+        return MatrixFree(blocks, workspace, slot)
+    cheapest = fits[0] if len(fits) == 1 else min(fits, key=lambda name: SOLVERS[name].flops(blocks))
+    return SOLVERS[cheapest](blocks, workspace, slot)
 
 
 def _too_large(blocks: Sequence[Block], space: str, need: float, budget: float) -> str:

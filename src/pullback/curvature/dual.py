@@ -10,6 +10,7 @@ from torch import Tensor
 from pullback.curvature.block import Block
 from pullback.curvature.cholesky import Factorised, factorise
 from pullback.curvature.solver import Solver
+from pullback.curvature.workspace import Workspace
 
 
 class Dual(Solver):
@@ -22,8 +23,8 @@ class Dual(Solver):
 
     name = "dual"
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: Sequence[Block], workspace: Workspace | None = None, slot: int = 0) -> None:
+        super().__init__(blocks, workspace, slot)
         self._matrix: Tensor | None = None
         self._factor: Factorised | None = None
 
@@ -41,9 +42,10 @@ class Dual(Solver):
     def matrix(self) -> Tensor:
         """K, formed at first use."""
         if self._matrix is None:
-            K = self.blocks[0].gram()
+            like = torch.empty(0, dtype=self.dtype, device=self.blocks[0].params[0].device)
+            K = self.blocks[0].gram(self.workspace.square(("gram", self.slot), self.R, like))
             for block in self.blocks[1:]:
-                K += block.gram()
+                K += block.gram(self.workspace.square("part", self.R, like))
             self._matrix = K
         return self._matrix
 
@@ -59,7 +61,8 @@ class Dual(Solver):
 
     def factorise(self, mu: float) -> None:
         """See the base class."""
-        self._factor = factorise(self.matrix, mu)
+        A = self.matrix
+        self._factor = factorise(A, mu, self.workspace.square(("factor", self.slot), A.shape[0], A))
         self.outcome = self._factor.outcome
 
     def direction(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pullback.curvature.block import Block
 from pullback.curvature.solver import Solver
+from pullback.curvature.workspace import Workspace
 from pullback.errors import StepError
 
 
@@ -17,14 +18,24 @@ class MatrixFree(Solver):
 
     Args:
         blocks: the blocks, all with the same R.
+        workspace: not used.
+        slot: not used.
         tolerance: the relative residual :math:`|b - (\mu I + K) w| / |b|` it stops at.
         iterations: most products with K per solve; a solve that runs out of them is kept as it is, and says so.
     """
 
     name = "cg"
 
-    def __init__(self, blocks: Sequence[Block], *, tolerance: float = 1e-6, iterations: int = 250) -> None:
-        super().__init__(blocks)
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        workspace: Workspace | None = None,
+        slot: int = 0,
+        *,
+        tolerance: float = 1e-6,
+        iterations: int = 250,
+    ) -> None:
+        super().__init__(blocks, workspace, slot)
         self.tolerance = tolerance
         self.iterations = iterations
         self._mu = 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 from pullback.curvature.block import Block
 from pullback.curvature.cholesky import Factorised, factorise
 from pullback.curvature.solver import Solver, joined
+from pullback.curvature.workspace import Workspace
 from pullback.tape.rules.base import CHUNK_NUMBERS
 
 
@@ -18,8 +19,8 @@ class Primal(Solver):
 
     name = "primal"
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: Sequence[Block], workspace: Workspace | None = None, slot: int = 0) -> None:
+        super().__init__(blocks, workspace, slot)
         self._matrix: Tensor | None = None
         self._factor: Factorised | None = None
 
@@ -76,7 +77,8 @@ class Primal(Solver):
 
     def factorise(self, mu: float) -> None:
         """See the base class."""
-        self._factor = factorise(self.matrix, mu)
+        A = self.matrix
+        self._factor = factorise(A, mu, self.workspace.square(("factor", self.slot), A.shape[0], A))
         self.outcome = self._factor.outcome
 
     def direction(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block
+from pullback.curvature.workspace import Workspace
 
 
 class Solver(ABC):
@@ -17,6 +18,8 @@ class Solver(ABC):
 
     Args:
         blocks: the blocks, all with the same R.
+        workspace: where large matrices live.
+        slot: a name of this group in the workspace.
 
     Attributes:
         R: rows of U.
@@ -27,7 +30,9 @@ class Solver(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], workspace: Workspace | None = None, slot: int = 0) -> None:
+        self.workspace = Workspace() if workspace is None else workspace
+        self.slot = slot
         self.blocks = list(blocks)
         self.R = self.blocks[0].R
         self.n = sum(block.n for block in self.blocks)

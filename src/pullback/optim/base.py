@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback.curvature import SOLVERS, Block, Linearisation, Mass, Partition, Space, check_mass, check_partition
+from pullback.curvature import (
+    SOLVERS,
+    Block,
+    Linearisation,
+    Mass,
+    Partition,
+    Space,
+    Workspace,
+    check_mass,
+    check_partition,
+)
 from pullback.errors import CoverageError, StepError
 from pullback.metric import OutputMetric, Sampled, resolve
 from pullback.optim.coverage import report
@@ -133,6 +143,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
             lenient=fallback is not None,
         )
         self._blocks: list[Block] = []
+        self._workspace = Workspace()
 
     # -- the face ---------------------------------------------------------------------------------------
 
@@ -149,6 +160,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove the hooks from model and criterion. Happens by itself when the optimizer is collected."""
         self._tape.close()
+        self._workspace.clear()
+        self._blocks = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step.
@@ -269,6 +282,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
             budget=self.memory,
             names=self._tape.names.full,
             largest=self._largest,
+            workspace=self._workspace,
         )
         strays = self._strays(lin.blocks)
         self._blocks = lin.blocks

@@ -17,6 +17,7 @@ from pullback.curvature import (
     Partition,
     Solver,
     Space,
+    Workspace,
     divide,
     scales_of,
     solver_for,
@@ -39,6 +40,7 @@ class System:
         budget: bytes a solver may take, None for the default.
         names: name of every parameter by id.
         largest: keeps the largest diagonal of a block seen so far (for the Marquardt mass).
+        workspace: where large matrices live between steps.
 
     Attributes:
         solvers: one per group.
@@ -56,6 +58,7 @@ class System:
         budget: float | None,
         names: Mapping[int, str],
         largest: Callable[[Block, Tensor], Tensor],
+        workspace: Workspace,
     ) -> None:
         self.lin = lin
         whole = lin.gradient(lin.blocks)
@@ -78,7 +81,7 @@ class System:
                 g = [a * s for a, s in zip(g, scale, strict=True)]
                 rest = None if rest is None else [a * s for a, s in zip(rest, scale, strict=True)]
                 self._scales.append(scale)
-            self.solvers.append(solver_for(blocks, space, budget))
+            self.solvers.append(solver_for(blocks, space, budget, workspace, len(self.solvers)))
             self.gradients.append(Gradient(g, whole.e0, rest))
         trace = float(torch.stack([solver.trace() for solver in self.solvers]).sum())
         if not math.isfinite(trace):

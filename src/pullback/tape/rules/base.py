@@ -43,6 +43,11 @@ class Rows(ABC):
     def gram(self) -> Tensor:
         """U U^T, shape (R, R), a fresh tensor."""
 
+    def gram_into(self, out: Tensor) -> Tensor:
+        """U U^T, in ``out`` (shape (R, R)) where the rule can write there; returns where it is."""
+        del out
+        return self.gram()
+
     @abstractmethod
     def matvec(self, delta: Tensor) -> Tensor:
         """U delta, from packed (n,) to (R,)."""

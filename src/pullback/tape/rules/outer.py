@@ -85,9 +85,13 @@ class OuterRows(Rows):
 
     def gram(self) -> Tensor:
         """See the base class."""
+        return self.gram_into(self.s.new_empty(self.R, self.R))
+
+    def gram_into(self, out: Tensor) -> Tensor:
+        """See the base class."""
         if self._pairwise_flops() <= self._summed_flops():
-            return self._pairwise(self)
-        return self._summed()
+            return self._pairwise(self, out)
+        return self._summed(out)
 
     def cross(self, other: Rows) -> Tensor:
         """See the base class."""
@@ -157,7 +161,7 @@ class OuterRows(Rows):
 
     # -- the two ways to a Gram -------------------------------------------------------------------------
 
-    def _pairwise(self, other: OuterRows) -> Tensor:
+    def _pairwise(self, other: OuterRows, out: Tensor | None = None) -> Tensor:
         """K = sum_pq (s_p . s'_q) (x_p . x'_q + 1), sample block by sample block."""
         x = self.inner(other) if self.weight is not None else None
         if self.bias is not None:
@@ -166,43 +170,52 @@ class OuterRows(Rows):
         o = self.s.shape[3]
         if self.P == other.P == 1:
             left = self.s.reshape(-1, o)
-            K = left @ (left if other is self else other.s.reshape(-1, o)).T
+            K = self.s.new_empty(self.R, other.R) if out is None else out
+            torch.mm(left, (left if other is self else other.s.reshape(-1, o)).T, out=K)
             if self.r == other.r == 1:
                 return K.mul_(x[:, 0, :, 0])
             K.view(self.r, self.N, other.r, other.N).mul_(x[:, 0, :, 0][:, None, :])
             return K
-        out = self.s.new_empty(self.r, self.N, other.r * other.N)
+        K = (self.s.new_empty(self.R, other.R) if out is None else out).view(self.r, self.N, other.R)
         right = other.s.reshape(-1, o).T
         step = max(1, CHUNK_NUMBERS // (self.P * right.shape[1]))
         for a in range(self.r):
             for k in range(0, self.N, step):
                 part = (self.s[a, k : k + step].reshape(-1, o) @ right).view(-1, self.P, other.r, other.N, other.P)
                 part.mul_(x[k : k + step, :, None])
-                out[a, k : k + step] = part.sum((1, 4)).reshape(part.shape[0], -1)
-        return out.view(self.R, other.R)
+                K[a, k : k + step] = part.sum((1, 4)).reshape(part.shape[0], -1)
+        return K.view(self.R, other.R)
 
-    def _summed(self) -> Tensor:
+    def _summed(self, out: Tensor) -> Tensor:
         """K = U U^T from explicit rows, a slice of output numbers at a time."""
         o = self.s.shape[3]
         step = max(1, CHUNK_NUMBERS // (self.R * (self.width + 1)))
-        K: Tensor | None = None
         for k in range(0, o, step):
-            U = self._form(0, None, k, min(k + step, o)).reshape(self.R, -1)
-            K = U @ U.T if K is None else K.addmm_(U, U.T)
-        assert K is not None
-        return K
+            U = self._form(0, None, k, min(k + step, o)).view(self.R, -1)
+            if k == 0:
+                torch.mm(U, U.T, out=out)
+            else:
+                out.addmm_(U, U.T)
+        return out
 
     def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
         """Rows of samples start:stop restricted to output numbers o0:o1, shape (r, samples, columns)."""
         s = self.s[:, start:stop, :, o0:o1]
-        pieces: list[Tensor] = []
+        r, N, _, o = s.shape
+        width = 0 if self.weight is None else self.width
+        U = s.new_empty(r, N, o * (width + (self.bias is not None)))
         if self.weight is not None:
             x = self.input_rows(start, stop)
-            U = s[:, :, 0, :, None] * x[:, 0, None] if self.P == 1 else s.transpose(2, 3) @ x
-            pieces.append(U.flatten(2))
+            for a in range(r):
+                # A column at a time, straight into its place: no copies of x, none of the result.
+                rows = U[a, :, : o * width].unflatten(1, (o, width))
+                if self.P == 1:
+                    torch.mul(s[a, :, 0, :, None], x[:, 0, None], out=rows)
+                else:
+                    torch.bmm(s[a].mT, x, out=rows)
         if self.bias is not None:
-            pieces.append(s.sum(2))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+            torch.sum(s, 2, out=U[:, :, o * width :])
+        return U
 
 
 def held(module: nn.Module, name: str) -> nn.Parameter | None:
