@@ -108,7 +108,6 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
     opt.zero_grad()
     criterion(model(x), y).backward()
     term = opt._tape.terms[0]
-    factors = [part for calls in term.factors.values() for call in calls for part in call.parts if part is not None]
     opt.zero_grad()
     with opt._tape.recorder.paused():
         z = model(x)
@@ -141,9 +140,8 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
         loss = criterion(z, y)
         seconds["backward"] = clock(lambda: torch.autograd.grad(loss, leaves, retain_graph=True), repeats)
     seconds["products"] = seconds["cholesky"] = 0.0
-    for block, space in zip(
-        opt._blocks, opt.last.spaces if len(opt.last.spaces) > 1 else opt.last.spaces * 99, strict=False
-    ):
+    alone = len(opt.last.spaces) > 1
+    for block, space in zip(opt._blocks, opt.last.spaces * (1 if alone else len(opt._blocks)), strict=True):
         rows = block.rows[0]
         flops = rows.gram_flops() if space.startswith("dual") else rows.primal_flops()
         size = rows.R if space.startswith("dual") else block.n
@@ -157,7 +155,6 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
             K = K @ K.T + side * torch.eye(side)
             seconds["cholesky"] += clock(lambda K=K: torch.linalg.cholesky_ex(K), repeats)
     seconds["trial"] = seconds["forward"]
-    del factors
     return seconds
 
 
