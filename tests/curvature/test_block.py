@@ -64,6 +64,7 @@ def test_linear_rows_of_any_shape(r, n, p, o, i, kinds, seed, chunk, ways):
     before = outer.CHUNK_NUMBERS
     outer.CHUNK_NUMBERS = chunk
     try:
+        memory = x.new_empty(r * n, r * n)
         gram = {
             "pairwise": lambda: rows._pairwise(rows),
             "summed": lambda: rows._summed(memory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,20 +74,8 @@ class Draw:
 
     def build(self) -> tuple[nn.Module, nn.Module, Callable[[int], Batch]]:
         """Model, criterion, and a maker of batches of a given size."""
-        model, args, kwargs = self.case.build(self.seed, max(self.n, 2))
-        with torch.no_grad():
-            was = model.training
-            d = self.loss.head(model.eval()(*args, **kwargs)).shape[1]
-            model.train(was)
-        for name, module in model.named_modules():  # as the case has them: some layers are in evaluation mode
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(self.case.name == "batch norm in training")
-            del name
-        if self.case.name != "batch norm in training" and not _drops(model):
-            model.train(was)
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        model, args, kwargs = self.case.build(self.seed, 2)
+        d = self.loss.head(copy.deepcopy(model).eval()(*args, **kwargs)).shape[1]
         model = model.to(self.dtype)
         criterion = self.loss.criterion(d).to(self.dtype)
 
@@ -94,7 +83,8 @@ class Draw:
             cast = lambda t: t.to(self.dtype) if t.is_floating_point() else t  # noqa: E731
             args = tuple(map(cast, self.case.inputs(n)))
             kwargs = {key: cast(t) for key, t in self.case.side(n).items()}
-            return args, kwargs, self.loss.target(torch.randn(n, d, dtype=self.dtype))
+            # An empty batch is cut from another one: not every target can be drawn for no rows.
+            return args, kwargs, self.loss.target(torch.randn(max(n, 1), d, dtype=self.dtype))[:n]
 
         return model, criterion, batch
 
@@ -106,10 +96,6 @@ class Draw:
             f"{self.loss.name}{' functional' if self.functional else ''}, {self.dtype}, n={self.n}, {way}, "
             f"fresh={self.fresh}, steps={self.steps}, frozen={self.frozen}"
         )
-
-
-def _drops(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) for m in model.modules())
 
 
 def draw(seed: int) -> Draw:
