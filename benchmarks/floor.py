@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import pullback
+from pullback.curvature import blocks_of
 from pullback.problems import machine
 
 
@@ -108,6 +109,7 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
     opt.zero_grad()
     criterion(model(x), y).backward()
     term = opt._tape.terms[0]
+    blocks = blocks_of(opt._tape.terms)
     opt.zero_grad()
     with opt._tape.recorder.paused():
         z = model(x)
@@ -141,7 +143,7 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
         seconds["backward"] = clock(lambda: torch.autograd.grad(loss, leaves, retain_graph=True), repeats)
     seconds["products"] = seconds["cholesky"] = 0.0
     alone = len(opt.last.spaces) > 1
-    for block, space in zip(opt._blocks, opt.last.spaces * (1 if alone else len(opt._blocks)), strict=True):
+    for block, space in zip(blocks, opt.last.spaces * (1 if alone else len(blocks)), strict=True):
         rows = block.rows[0]
         flops = rows.gram_flops() if space.startswith("dual") else rows.primal_flops()
         size = rows.R if space.startswith("dual") else block.n
@@ -149,8 +151,8 @@ def floor_of(opt: pullback.LayerwiseMetric, x: Tensor, y: Tensor, repeats: int) 
         inner = max(1, round(flops / size**2))
         a = torch.randn(size, inner)
         seconds["products"] += clock(lambda a=a: a @ a.T, repeats)
-        if alone or block is opt._blocks[0]:
-            side = size if alone else min(rows.R, sum(b.n for b in opt._blocks))
+        if alone or block is blocks[0]:
+            side = size if alone else min(rows.R, sum(b.n for b in blocks))
             K = torch.randn(side, side)
             K = K @ K.T + side * torch.eye(side)
             seconds["cholesky"] += clock(lambda K=K: torch.linalg.cholesky_ex(K), repeats)

@@ -157,6 +157,35 @@ def test_loss_that_cannot_be_replayed_asks_for_a_closure():
     assert loss.item() < 1.0
 
 
+def test_a_residual_of_derivatives_belongs_inside_the_model():
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None].requires_grad_()
+
+    def slope(u, x):
+        return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+    opt = pullback.GaussNewton(model, None, metric=pullback.Gaussian(scale=2.0))
+    with pytest.raises(pullback.CoverageError, match="inside the model's forward"):
+        opt.step(lambda: (slope(model(x), x) - 1).square().mean())
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                return slope(self.net(x), x) - 1
+
+    inside = Residual()
+    opt.close()
+    opt = pullback.GaussNewton(inside, None, metric=pullback.Gaussian(scale=2.0))
+    for _ in range(20):
+        loss = opt.step(lambda: inside(x).square().mean())
+    assert loss.item() < 1e-10
+
+
 @pytest.mark.parametrize(
     "glue",
     [

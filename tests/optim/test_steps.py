@@ -49,7 +49,7 @@ def test_step_is_the_dense_step(case, partition, loss):
         own, start = torch.full((n,), -1), 0
         names = [name for name, _ in model.named_parameters()]
         for k, (_, p) in enumerate(model.named_parameters()):
-            owner = next(j for j, b in enumerate(opt._blocks) if any(p is q for q in b.params))
+            owner = next(j for j, b in enumerate(opt._treated) if any(p is q for q in b.params))
             own[start : start + p.numel()] = owner
             start += p.numel()
             assert names[k]

@@ -24,7 +24,7 @@ from pullback.curvature import (
 )
 from pullback.errors import CoverageError, StepError
 from pullback.metric import OutputMetric, Sampled, resolve
-from pullback.optim.coverage import report
+from pullback.optim.coverage import Treated, report
 from pullback.optim.damping import DampingControl
 from pullback.optim.fallback import Fallback
 from pullback.optim.options import Damping, Momentum
@@ -142,7 +142,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
             mine=_ids_of(weakref.ref(self)),
             lenient=fallback is not None,
         )
-        self._blocks: list[Block] = []
+        self._treated: list[Treated] = []
         self._workspace = Workspace()
 
     # -- the face ---------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
     @property
     def coverage(self) -> Coverage:
         """How every parameter is treated, as observed in the last step."""
-        return report(self.model, self._blocks, self._tape, self._fallback, self._order())
+        return report(self.model, self._treated, self._tape, self._fallback, self._order())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and the terms of the metric that came with them."""
@@ -161,7 +161,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
         """Remove the hooks from model and criterion. Happens by itself when the optimizer is collected."""
         self._tape.close()
         self._workspace.clear()
-        self._blocks = []
+        self._treated = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step.
@@ -285,7 +285,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
             workspace=self._workspace,
         )
         strays = self._strays(lin.blocks)
-        self._blocks = lin.blocks
+        self._treated = [Treated(block.params, block.rule) for block in lin.blocks]
         self._control.start(system.unit, loss, self._gradients(), lin.e0.dtype)
         clock.mark("curvature")
         self.last = Search(

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from pullback.curvature import Block
 from pullback.optim.fallback import Fallback
 from pullback.optim.record import Coverage, Covered
 from pullback.tape import Tape
 
 
+@dataclass(frozen=True)
+class Treated:
+    """Parameters that had rows in the last step, and by which rule (the rows themselves are not kept).
+
+    Attributes:
+        params: the parameters of a block.
+        rule: how its rows were made.
+    """
+
+    params: tuple[nn.Parameter, ...]
+    rule: str
+
+
 def report(
-    model: nn.Module, blocks: Sequence[Block], tape: Tape, fallback: Fallback | None, mine: Sequence[int]
+    model: nn.Module, treated: Sequence[Treated], tape: Tape, fallback: Fallback | None, mine: Sequence[int]
 ) -> Coverage:
     """How each parameter was treated in the last step.
 
     Args:
         model: the model.
-        blocks: blocks of the last linearisation; empty before the first step.
+        treated: what had rows in the last step; empty before the first.
         tape: the tape, for the sweep and the metric.
         fallback: the optimizer of the strays, if there is one.
         mine: ids of the parameters the optimizer was given.
     """
-    by_parameter = {id(p): block for block in blocks for p in block.params}
+    by_parameter = {id(p): block for block in treated for p in block.params}
     own, entries = set(mine), []
     for name, p in model.named_parameters():
         block = by_parameter.get(id(p))
@@ -41,7 +54,7 @@ def report(
             else:
                 why = f"{block.rule}, {tape.metric!r}"
                 entries.append(Covered(name, p.numel(), "sampled", why))
-        elif blocks:
+        elif treated:
             entries.append(Covered(name, p.numel(), "unused", "the loss did not depend on it"))
         else:
             entries.append(Covered(name, p.numel(), "pending", "no step yet"))

@@ -21,6 +21,14 @@ def tensors(tree: Any) -> list[Tensor]:
     """The tensors in a nest of tuples, lists and dicts, in a fixed order."""
     if isinstance(tree, Tensor):
         return [tree]
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        # By far the most common nests, and pytree takes ten times as long for them.
+        return [leaf for part in tree for leaf in tensors(part)]
+    if kind is dict:
+        return [leaf for part in tree.values() for leaf in tensors(part)]
+    if tree is None or isinstance(tree, (int, float, str)):
+        return []
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -157,6 +157,11 @@ class Tape:
             output.register_hook(upstream)
 
         def arrived(costate: Tensor) -> None:
+            if use.criterion is None and torch.is_grad_enabled():
+                raise CoverageError(
+                    "The model's output was differentiated (create_graph=True) on its way to the loss, which the tape "
+                    "cannot follow; compute that residual inside the model's forward."
+                )
             owner = tape()
             if owner is not None:
                 owner._sweep(use, costate.detach())
@@ -181,7 +186,7 @@ class Tape:
 
     def _pull_back(self, use: LossUse, found: Reached, costate: Tensor) -> Term:
         start = time.perf_counter()
-        if use.upstream is not None and bool((use.upstream < 0).any()):
+        if use.upstream is not None and float(use.upstream.min()) < 0:
             raise MetricError("The loss enters the objective with a negative weight; minimise it instead.")
         N = _samples(use, found)
         # Under autocast predictions are half precision; the metric is formed in float32, swept in half.

@@ -112,8 +112,14 @@ def _one_by_one(
                 found = tensors(functional_call(module, leaf, args, kwargs))
                 outs = [found[k] for k in index]
             for a in range(cotangents[0].shape[1]):
+                # A parameter this sample does not touch has zero derivative; the gradient check sees the rest.
                 grads = torch.autograd.grad(
-                    outs, list(leaf.values()), [c[n, a][None] for c in cotangents], retain_graph=True
+                    outs,
+                    list(leaf.values()),
+                    [c[n, a][None] for c in cotangents],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
                 rows.append(torch.cat([g.reshape(-1) for g in grads]))
         except RuntimeError as error:
