@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from injuries import FAULTS, Injury
 from torch import Tensor, nn
 
 import pullback
 from cases import CASES, LOSSES, Case, Loss, inputs, seq
-from injuries import FAULTS, Injury
 from pullback import Damping, Momentum, Sampled
 
 #: Seeds whose outcome is not as it should be for reasons outside this library, with the reason.

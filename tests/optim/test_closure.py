@@ -183,7 +183,7 @@ def test_a_residual_of_derivatives_belongs_inside_the_model():
     opt = pullback.GaussNewton(inside, None, metric=pullback.Gaussian(scale=2.0))
     for _ in range(20):
         loss = opt.step(lambda: inside(x).square().mean())
-    assert loss.item() < 1e-10
+    assert loss.item() < 1e-5
 
 
 @pytest.mark.parametrize(
