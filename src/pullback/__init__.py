@@ -5,7 +5,17 @@ space it came from. See the README for the loop and ``docs/`` for the mathematic
 """
 
 from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
-from pullback.metric import Bernoulli, Categorical, Custom, Gaussian, OutputMetric, Sampled
+from pullback.metric import (
+    Bernoulli,
+    Categorical,
+    Custom,
+    Gaussian,
+    Huber,
+    LossHessian,
+    OutputMetric,
+    Poisson,
+    Sampled,
+)
 from pullback.optim import Coverage, Damping, GaussNewton, LayerwiseMetric, Momentum, StepRecord
 
 __version__ = "0.1.0.dev0"
@@ -19,11 +29,14 @@ __all__ = [
     "Damping",
     "GaussNewton",
     "Gaussian",
+    "Huber",
     "LayerwiseMetric",
+    "LossHessian",
     "MetricError",
     "MixingError",
     "Momentum",
     "OutputMetric",
+    "Poisson",
     "PullbackError",
     "Sampled",
     "StepError",

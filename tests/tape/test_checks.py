@@ -7,6 +7,10 @@ import torch
 from torch import nn
 
 import pullback
+from oracle import assert_close, dense, jacobian, linearise
+from pullback.curvature import Linearisation
+from pullback.metric import resolve
+from pullback.tape import Tape
 from pullback.tape.rules import linear
 
 
@@ -73,6 +77,62 @@ class TimeFirst(nn.Module):
 def test_time_major_folding_is_not_mistaken_for_positions():
     opt = run(TimeFirst(), torch.randn(4, 4, 2))
     assert opt.coverage["a.weight"].why.startswith("per-sample products of TimeFirst")
+
+
+class LastStep(nn.Module):
+    """Time first, with as many steps as samples, of which the last one is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.a(x.transpose(0, 1))[-1]
+
+
+def test_a_time_step_is_not_mistaken_for_a_sample():
+    """With two samples and two steps the one step that is read sits where sample 1 would."""
+    model, x, y = LastStep().double(), torch.randn(2, 2, 3).double(), torch.randn(2, 4).double()
+    lin = linearise(model, nn.MSELoss(), [((x,), {}, y)])
+    J = jacobian(model, (x,), {})
+    rows = torch.stack([J[n, a] for a in range(4) for n in range(2)]) * (2 / 8) ** 0.5
+    assert_close(dense(model, lin.blocks), rows)
+
+
+def test_one_sample_teaches_nothing_about_several():
+    """A plan made with one sample, which cannot be mixed with others, is not used for more."""
+
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x):
+            n, t, d = x.shape
+            return self.a(x.transpose(0, 1).reshape(t * n, d)).view(t, n, -1).tanh().sum(0)
+
+    model, criterion = Folds().double(), nn.MSELoss()
+    tape = Tape(model, criterion, resolve(criterion, None), "loop")
+    for n in (1, 4):
+        x = torch.randn(n, 2, 3).double()
+        tape.clear()
+        criterion(model(x), torch.zeros(n, 4).double()).backward()
+        J = jacobian(model, (x,), {}).reshape(n * 4, -1)
+        U = dense(model, Linearisation(tape.terms).blocks)
+        assert_close(U.reshape(4, n, -1).transpose(0, 1).reshape(n * 4, -1), J * (2 / (4 * n)) ** 0.5)
+
+
+def test_dropout_inside_a_recurrent_module_is_refused():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTM(2, 3, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.cell(x)[0][:, -1]
+
+    with pytest.raises(pullback.CoverageError, match="do not reproduce its gradient"):
+        run(Deep(), torch.randn(4, 3, 2))
 
 
 def test_a_broken_rule_cannot_pass(monkeypatch):

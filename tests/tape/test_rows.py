@@ -20,7 +20,7 @@ def test_every_row_is_the_dense_row(case, loss):
     criterion, y = spec.criterion(z.shape[1]).double(), spec.target(z)
     lin = linearise(model, criterion, [(args, kwargs, y)])
     metric = resolve(criterion, None)
-    S = metric.factor(z, cell_weights(criterion, metric, z, y, len(z)), len(z))
+    S = metric.factor(z, cell_weights(criterion, metric, z, y, len(z)), len(z), y)
     J = jacobian(model, args, kwargs)
     rows = torch.einsum("anc,ncw->anw", S, J).reshape(-1, J.shape[-1])
     assert_close(dense(model, lin.blocks), rows)

@@ -5,17 +5,28 @@ from pullback.metric.bernoulli import Bernoulli
 from pullback.metric.categorical import Categorical
 from pullback.metric.custom import Custom
 from pullback.metric.gaussian import Gaussian
-from pullback.metric.resolve import cell_weights, resolve
+from pullback.metric.heads import Heads
+from pullback.metric.hessian import LossHessian
+from pullback.metric.huber import Huber
+from pullback.metric.poisson import Poisson
+from pullback.metric.resolve import Criteria, Metrics, cell_weights, resolve, resolve_all
 from pullback.metric.sampled import Sampled
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Criteria",
     "Custom",
     "ElementwiseMetric",
     "Gaussian",
+    "Heads",
+    "Huber",
+    "LossHessian",
+    "Metrics",
     "OutputMetric",
+    "Poisson",
     "Sampled",
     "cell_weights",
     "resolve",
+    "resolve_all",
 ]

@@ -26,11 +26,13 @@ class OutputMetric(ABC):
 
     Attributes:
         exact: whether ``S S^T`` is the metric itself (True) or an unbiased sketch of it.
+        own_weights: whether :meth:`default_weight` holds even where the criterion's weights are known.
         scale: factor of the loss when no criterion states the weights (see :meth:`default_weight`).
         reduction: ``"mean"`` (over samples) or ``"sum"``, likewise.
     """
 
     exact: bool = True
+    own_weights: bool = False
 
     def __init__(self, *, scale: float = 1.0, reduction: str = "mean") -> None:
         if not scale > 0:
@@ -45,13 +47,15 @@ class OutputMetric(ABC):
         """Shape of the loss before its reduction, which is the shape of the weights."""
 
     @abstractmethod
-    def factor(self, z: Tensor, weight: Tensor, samples: int) -> Tensor:
+    def factor(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None = None) -> Tensor:
         r"""Square root of the weighted metric, :math:`S S^\top = \nabla^2_z \sum_c w_c \phi_c`.
 
         Args:
             z: prediction, shape ``(N * P, *out)``, detached.
             weight: weight of every cell, broadcastable to ``cells(z)``, at least zero.
             samples: number N of independent samples.
+            target: what the criterion compared z with, None if it is not known. Most metrics are of the
+                prediction alone.
 
         Returns:
             Columns first, shape ``(r, N * P, *out)``; a column touches every sample, but in each sample it
@@ -59,7 +63,9 @@ class OutputMetric(ABC):
         """
 
     @abstractmethod
-    def coordinates(self, z: Tensor, weight: Tensor, costate: Tensor, samples: int) -> Tensor:
+    def coordinates(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
         r"""R-space residual :math:`e_0 = S^+ \lambda`, so that the gradient is :math:`U^\top e_0` (theory 2).
 
         Args:
@@ -67,18 +73,19 @@ class OutputMetric(ABC):
             weight: as in :meth:`factor`.
             costate: gradient of the loss with respect to ``z``, same shape.
             samples: number N of independent samples.
+            target: as in :meth:`factor`.
 
         Returns:
             Shape ``(r, N)``. What of the costate lies outside the range of S is left out; the caller
             finds it as the part of the gradient that ``U^T e_0`` does not explain.
         """
 
-    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator, target: Tensor | None = None) -> Tensor:
         """One zero-mean cotangent whose covariance is the weighted metric, shape of ``z``.
 
         The default multiplies the factor by Rademacher signs; a subclass may know a cheaper way.
         """
-        S = self.factor(z, weight, samples=z.shape[0])
+        S = self.factor(z, weight, z.shape[0], target)
         signs = torch.randint(0, 2, S.shape[:2], generator=generator, device=z.device)
         signs = signs.to(z.dtype).mul_(2).sub_(1)
         return torch.einsum("an,an...->n...", signs, S)
@@ -104,33 +111,40 @@ class ElementwiseMetric(OutputMetric):
     """A metric that is diagonal in the prediction: one cell, one column per output number."""
 
     @abstractmethod
-    def variance(self, z: Tensor) -> Tensor:
-        """Diagonal of G(z), shape of ``z``, at least zero."""
+    def variance(self, z: Tensor, target: Tensor | None = None) -> Tensor:
+        """Diagonal of G(z), shape of ``z``, at least zero.
+
+        Args:
+            z: prediction.
+            target: as in :meth:`factor`.
+        """
 
     def cells(self, z: Tensor) -> tuple[int, ...]:
         """Every number of the prediction is a cell."""
         return tuple(z.shape)
 
-    def root(self, z: Tensor, weight: Tensor) -> Tensor:
+    def root(self, z: Tensor, weight: Tensor, target: Tensor | None = None) -> Tensor:
         """Square root of the weighted diagonal, shape of ``z``."""
-        return (self.variance(z) * weight).sqrt_().expand_as(z)
+        return (self.variance(z, target) * weight).sqrt_().expand_as(z)
 
-    def factor(self, z: Tensor, weight: Tensor, samples: int) -> Tensor:
+    def factor(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None = None) -> Tensor:
         """Diagonal columns: column ``a`` holds output number ``a`` of every sample. See the base class."""
-        return spread(self.root(z, weight)[None], samples, axis=0)
+        return spread(self.root(z, weight, target)[None], samples, axis=0)
 
-    def coordinates(self, z: Tensor, weight: Tensor, costate: Tensor, samples: int) -> Tensor:
+    def coordinates(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
         """``e_0 = lambda / root`` where the root is not zero. See the base class."""
-        root = self.root(z, weight)
+        root = self.root(z, weight, target)
         # A saturated unit has no curvature to express its slope in: that slope stays in the remainder.
         tiny = root.new_tensor(torch.finfo(root.dtype).eps)
         e0 = torch.where(root > tiny * root.amax(), costate / root, torch.zeros_like(root))
         return e0.reshape(samples, -1).T
 
-    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator, target: Tensor | None = None) -> Tensor:
         """Independent signs times the root. See the base class."""
         signs = torch.randint(0, 2, z.shape, generator=generator, device=z.device)
-        return signs.to(z.dtype).mul_(2).sub_(1) * self.root(z, weight)
+        return signs.to(z.dtype).mul_(2).sub_(1) * self.root(z, weight, target)
 
 
 def spread(columns: Tensor, samples: int, axis: int) -> Tensor:
@@ -162,3 +176,17 @@ def spread(columns: Tensor, samples: int, axis: int) -> Tensor:
     wide = wide.reshape(c * count, samples, *sizes)
     order = [2 + [*positions, *event].index(k) for k in range(2, full.ndim)]
     return wide.permute(0, 1, *order).reshape(c * count, *shape)
+
+
+def alike(weight: Tensor) -> Tensor:
+    """Weights per output number (a mean over them, say) as one per cell, for metrics that mix the numbers.
+
+    Args:
+        weight: shape ``(..., numbers)``.
+
+    Raises:
+        MetricError: if the numbers of a cell have several weights.
+    """
+    if not bool((weight == weight[..., :1]).all()):
+        raise MetricError("The criterion weighs outputs differently; put those weights into the metric.")
+    return weight[..., 0]

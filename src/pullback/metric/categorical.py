@@ -47,7 +47,7 @@ class Categorical(OutputMetric):
         """Logits with classes last, one row per cell: (cells, C)."""
         return z.movedim(1, -1).reshape(-1, z.shape[1])
 
-    def factor(self, z: Tensor, weight: Tensor, samples: int) -> Tensor:
+    def factor(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None = None) -> Tensor:
         """C - 1 columns per cell. See the base class."""
         shape = self.cells(z)
         root = torch.softmax(self._rows(z), -1).sqrt_()
@@ -56,7 +56,9 @@ class Categorical(OutputMetric):
         S = S.permute(2, 0, 1).reshape(z.shape[1] - 1, *shape, z.shape[1]).movedim(-1, 2)
         return spread(S, samples, axis=1)
 
-    def coordinates(self, z: Tensor, weight: Tensor, costate: Tensor, samples: int) -> Tensor:
+    def coordinates(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
         r""":math:`e_0 = Q^\top \mathrm{diag}(p)^{-1/2} \lambda / \sqrt w`. See the base class."""
         shape = self.cells(z)
         p = torch.softmax(self._rows(z), -1)
@@ -68,7 +70,7 @@ class Categorical(OutputMetric):
         # Order of the positions as `spread` has it: column, flattened position, out positions; sample last.
         return e0.reshape(z.shape[1] - 1, samples, -1).permute(0, 2, 1).reshape(-1, samples)
 
-    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator, target: Tensor | None = None) -> Tensor:
         """Label drawn from the model's own prediction: onehot(y~) - p, times the root weight."""
         shape = self.cells(z)
         p = torch.softmax(self._rows(z), -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pullback.errors import MetricError
-from pullback.metric.base import OutputMetric
+from pullback.metric.base import OutputMetric, alike
 
 
 class Custom(OutputMetric):
@@ -44,20 +44,18 @@ class Custom(OutputMetric):
                 f"{tuple(S.shape)} for predictions of shape {tuple(z.shape)}."
             )
         if weight.ndim != 1:
-            # Weights per output number (a mean over them, say) are one number per sample if all agree.
-            flat = weight.expand_as(z).reshape(samples, -1)
-            if not bool((flat == flat[:, :1]).all()):
-                raise MetricError("The criterion weighs outputs differently; put those weights into the metric.")
-            weight = flat[:, 0]
+            weight = alike(weight.expand_as(z).reshape(samples, -1))
         scaled: Tensor = S.detach().to(z.dtype) * weight.expand(samples).sqrt()[:, None, None]
         return scaled
 
-    def factor(self, z: Tensor, weight: Tensor, samples: int) -> Tensor:
+    def factor(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None = None) -> Tensor:
         """See the base class."""
         S = self._factors(z, weight, samples)
         return S.permute(2, 0, 1).reshape(S.shape[2], *z.shape)
 
-    def coordinates(self, z: Tensor, weight: Tensor, costate: Tensor, samples: int) -> Tensor:
+    def coordinates(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
         """Least squares per sample. See the base class."""
         S = self._factors(z, weight, samples)
         rhs = costate.reshape(samples, -1, 1)

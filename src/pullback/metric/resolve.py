@@ -1,123 +1,23 @@
-"""From a criterion module to its output metric and the exact weight of every cell.
-
-One function per criterion class. Each returns the metric and the weights with which the *criterion's own
-value* is a weighted sum over cells; the tape multiplies them by the gradient that reaches the criterion's
-output, which is how ``loss / 4``, ``reduction="none"`` and sums of several losses come out exact.
-"""
+"""From criterion modules to their output metrics and the exact weight of every cell."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from pullback.errors import MetricError
 from pullback.metric.base import OutputMetric
-from pullback.metric.bernoulli import Bernoulli
-from pullback.metric.categorical import Categorical
-from pullback.metric.gaussian import Gaussian
+from pullback.metric.criteria import CRITERIA, HINTS, known
+from pullback.metric.hessian import LossHessian
+from pullback.metric.sampled import Sampled
 
-Resolver = Callable[[Any, Tensor, Tensor], Tensor]
-
-
-def _same_shape(criterion: nn.Module, z: Tensor, target: Tensor) -> None:
-    if z.shape != target.shape:
-        raise MetricError(
-            f"{type(criterion).__name__} got predictions {tuple(z.shape)} and targets {tuple(target.shape)}, "
-            "which would broadcast; give both the same shape."
-        )
-
-
-def _classes(criterion: nn.Module, z: Tensor, target: Tensor) -> None:
-    expected = (z.shape[0], *z.shape[2:]) if z.ndim >= 2 else None
-    if expected is None or tuple(target.shape) != expected:
-        raise MetricError(
-            f"{type(criterion).__name__} got predictions {tuple(z.shape)} and targets {tuple(target.shape)}; "
-            "predictions must be (N, C, ...) and class targets (N, ...)."
-        )
-
-
-def _mse(criterion: nn.MSELoss, z: Tensor, target: Tensor) -> Tensor:
-    _same_shape(criterion, z, target)
-    weight = 2.0 / z.numel() if criterion.reduction == "mean" else 2.0
-    return z.new_full((1,) * z.ndim, weight)
-
-
-def _bce(criterion: nn.BCEWithLogitsLoss, z: Tensor, target: Tensor) -> Tensor:
-    _same_shape(criterion, z, target)
-    weight = z.new_ones((1,) * z.ndim)
-    if criterion.pos_weight is not None:
-        weight = weight * (1 + (criterion.pos_weight - 1) * target)
-    if criterion.weight is not None:
-        weight = weight * criterion.weight
-    return weight / z.numel() if criterion.reduction == "mean" else weight
-
-
-def _class_weights(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
-) -> Tensor:
-    """Weights of class-index targets: (1 - eps) w_y + eps mean(w), over sum(w_y) under ``"mean"``."""
-    kept = target != ignore_index
-    if weight is None:
-        own = kept.to(z.dtype)
-        value = own
-    else:
-        own = weight[torch.where(kept, target, torch.zeros_like(target))] * kept
-        value = own
-        if smoothing:
-            value = ((1 - smoothing) * own + smoothing * weight.mean()) * kept
-    if reduction == "mean":
-        # An all-ignored batch is 0 / 0 in the loss itself; here its rows are simply zero.
-        value = value / own.sum().clamp_min(torch.finfo(z.dtype).tiny)
-    return value
-
-
-def _cross_entropy(criterion: nn.CrossEntropyLoss, z: Tensor, target: Tensor) -> Tensor:
-    smoothing = criterion.label_smoothing
-    if target.is_floating_point():
-        _same_shape(criterion, z, target)
-        soft = (1 - smoothing) * target + smoothing / z.shape[1]
-        if criterion.weight is not None:
-            soft = soft * criterion.weight.reshape(1, -1, *(1,) * (z.ndim - 2))
-        value = soft.sum(1)
-        return value / value.numel() if criterion.reduction == "mean" else value
-    _classes(criterion, z, target)
-    return _class_weights(z, target, criterion.weight, criterion.ignore_index, criterion.reduction, smoothing)
-
-
-def _nll(criterion: nn.NLLLoss, z: Tensor, target: Tensor) -> Tensor:
-    _classes(criterion, z, target)
-    excess = float(torch.logsumexp(z, 1).abs().amax())
-    if not excess < 1e3 * torch.finfo(z.dtype).eps:
-        raise MetricError(
-            f"NLLLoss got log-probabilities whose exponentials miss 1 by {excess:.1e}; "
-            "end the model in log_softmax, or use CrossEntropyLoss on logits."
-        )
-    return _class_weights(z, target, criterion.weight, criterion.ignore_index, criterion.reduction, 0.0)
-
-
-_TABLE: dict[type[nn.Module], tuple[type[OutputMetric], Resolver]] = {
-    nn.MSELoss: (Gaussian, _mse),
-    nn.CrossEntropyLoss: (Categorical, _cross_entropy),
-    nn.NLLLoss: (Categorical, _nll),
-    nn.BCEWithLogitsLoss: (Bernoulli, _bce),
-}
-
-_HINTS = {
-    "BCELoss": "use BCEWithLogitsLoss on the logits",
-    "L1Loss": "its Hessian is zero; use MSELoss, or metric=Gaussian()",
-}
-
-
-def _entry(criterion: nn.Module) -> tuple[type[OutputMetric], Resolver] | None:
-    for base, entry in _TABLE.items():
-        # A subclass that changes forward is another loss.
-        if isinstance(criterion, base) and type(criterion).forward is base.forward:
-            return entry
-    return None
+#: One criterion, or several (one per head of the model) in a list or dict.
+Criteria = nn.Module | None | Sequence[nn.Module] | Mapping[str, nn.Module]
+#: One metric, or as many as criteria in the same form; None takes the criterion's own.
+Metrics = OutputMetric | None | Sequence[OutputMetric | None] | Mapping[str, OutputMetric | None]
 
 
 def resolve(criterion: object, metric: OutputMetric | None) -> OutputMetric:
@@ -139,26 +39,92 @@ def resolve(criterion: object, metric: OutputMetric | None) -> OutputMetric:
         )
     if metric is not None and not isinstance(metric, OutputMetric):
         raise TypeError(f"metric must be a pullback metric such as Gaussian(), got {metric!r}.")
-    entry = None if criterion is None else _entry(criterion)
-    inner = getattr(metric, "metric", metric)
-    if inner is None:
+    if metric is None:
+        return _own(criterion)
+    if isinstance(metric, Sampled) and metric.metric is None:
+        metric.bind(_own(criterion))
+    inner = metric.metric if isinstance(metric, Sampled) else metric
+    if isinstance(inner, LossHessian):
         if criterion is None:
-            raise MetricError("Without a criterion the metric must be stated, as in metric=Gaussian().")
-        if entry is None:
-            name = type(criterion).__name__
-            known = sorted(k.__name__ for k in _TABLE)
-            close = difflib.get_close_matches(name, known, 1)
-            hint = _HINTS.get(name) or (f"did you mean {close[0]}?" if close else "state it with metric=...")
-            raise MetricError(f"No metric is known for {name} (known: {', '.join(known)}); {hint}.")
-        if metric is None:
-            return entry[0]()
-        metric.bind(entry[0]())  # type: ignore[attr-defined]  # only Sampled has an open inner metric
-    assert metric is not None
+            raise MetricError(
+                "LossHessian needs the target, which only a criterion module is seen with; wrap the loss in an "
+                "nn.Module and call that."
+            )
+        inner.bind(criterion)
     return metric
 
 
+def _own(criterion: nn.Module | None) -> OutputMetric:
+    """The metric of a known criterion."""
+    if criterion is None:
+        raise MetricError("Without a criterion the metric must be stated, as in metric=Gaussian().")
+    entry = known(criterion)
+    if entry is not None:
+        return entry.metric(criterion)
+    name, names = type(criterion).__name__, sorted(kind.__name__ for kind in CRITERIA)
+    close = difflib.get_close_matches(name, names, 1)
+    hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else "state it, as in metric=LossHessian()")
+    raise MetricError(f"No metric is known for {name} (known: {', '.join(names)}); {hint}.")
+
+
+def resolve_all(criterion: Criteria, metric: Metrics = None) -> list[tuple[nn.Module | None, OutputMetric]]:
+    """Every criterion with its metric.
+
+    Args:
+        criterion: one loss module, or None when the loss is functional; or several, one per head of the
+            model, in a list or dict (also ``nn.ModuleList``, ``nn.ModuleDict``).
+        metric: as for one criterion; for several None, or as many in the same form.
+
+    Raises:
+        MetricError: as :func:`resolve`; if there is none, or one is given twice.
+        TypeError: likewise; if metrics do not match criteria.
+    """
+    if isinstance(criterion, nn.ModuleDict | Mapping):
+        named: dict[Any, Any] = dict(criterion.items())
+    elif isinstance(criterion, nn.ModuleList | list | tuple):
+        named = dict(enumerate(criterion))
+    else:
+        # Whatever is neither module nor metric is named by resolve.
+        return [(cast("nn.Module | None", criterion), resolve(criterion, cast("OutputMetric | None", metric)))]
+    metrics = _matching(named, metric)
+    if not named:
+        raise MetricError("No criterion was given; pass at least one, or None with a metric.")
+    if len({id(c) for c in named.values()}) < len(named):
+        raise MetricError("A criterion is given twice; give it once, every use of it in the loop is seen.")
+    for key, one in named.items():
+        if one is None:
+            raise TypeError(f"Criterion {key!r} is None; several criteria must all be modules.")
+    return [(one, resolve(one, metrics[key])) for key, one in named.items()]
+
+
+def _matching(named: Mapping[Any, Any], metric: Metrics) -> Mapping[Any, Any]:
+    """Metrics under the keys of the criteria."""
+    if metric is None:
+        return dict.fromkeys(named)
+    if isinstance(metric, Mapping):
+        metrics: dict[Any, Any] = dict(metric)
+    elif isinstance(metric, list | tuple):
+        metrics = dict(enumerate(metric))
+    else:
+        raise TypeError(
+            f"Several criteria need as many metrics in the same form, got {metric!r}; None takes their own."
+        )
+    if set(metrics) != set(named):
+        raise TypeError(
+            f"Metrics {sorted(map(str, metrics))} do not match criteria {sorted(map(str, named))}; "
+            "give one for each, None for a criterion's own."
+        )
+    return metrics
+
+
 def cell_weights(
-    criterion: nn.Module | None, metric: OutputMetric, z: Tensor, target: Tensor | None, samples: int
+    criterion: nn.Module | None,
+    metric: OutputMetric,
+    z: Tensor,
+    target: Tensor | None,
+    samples: int,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Weight of every cell in the criterion's value, broadcastable to the cells; at least zero.
 
@@ -168,11 +134,13 @@ def cell_weights(
         z: prediction it was called with.
         target: target it was called with.
         samples: number of independent samples.
+        args: what it was called with after the target (a variance).
+        kwargs: likewise by keyword.
 
     Raises:
         MetricError: if prediction and target do not fit each other.
     """
-    entry = None if criterion is None else _entry(criterion)
+    entry = None if criterion is None or metric.own_weights else known(criterion)
     if entry is None or target is None:
         return metric.default_weight(z, samples)
-    return entry[1](criterion, z, target).to(z.dtype)
+    return entry.weights(criterion, z, target, *args, **(kwargs or {})).to(z.dtype)

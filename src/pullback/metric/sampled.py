@@ -52,6 +52,11 @@ class Sampled(OutputMetric):
             raise MetricError("Sampled() has no metric to sketch; pass one, as in Sampled(Categorical(), m=1).")
         return self.metric
 
+    @property
+    def own_weights(self) -> bool:  # type: ignore[override]  # read only here
+        """As the inner metric's."""
+        return self.inner.own_weights
+
     def cells(self, z: Tensor) -> tuple[int, ...]:
         """As the inner metric's."""
         return self.inner.cells(z)
@@ -79,16 +84,18 @@ class Sampled(OutputMetric):
         self._generator = None
         self._pending = state
 
-    def factor(self, z: Tensor, weight: Tensor, samples: int) -> Tensor:
+    def factor(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None = None) -> Tensor:
         """M columns; positions of one sample share a column, which stays unbiased since draws differ."""
         del samples
         generator = self.generator(z.device)
-        draws = [self.inner.draw(z, weight, generator) for _ in range(self.m)]
+        draws = [self.inner.draw(z, weight, generator, target) for _ in range(self.m)]
         return torch.stack(draws).mul_(self.m**-0.5)
 
-    def coordinates(self, z: Tensor, weight: Tensor, costate: Tensor, samples: int) -> Tensor:
+    def coordinates(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
         """Zeros: the costate is not in the range of a sketch, so the whole gradient is remainder."""
-        del weight, costate
+        del weight, costate, target
         return z.new_zeros(self.m, samples)
 
     def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from pullback.curvature import (
     check_partition,
 )
 from pullback.errors import CoverageError, StepError
-from pullback.metric import OutputMetric, Sampled, resolve
+from pullback.metric import Criteria, Heads, Metrics, OutputMetric, Sampled
 from pullback.optim.coverage import Treated, report
 from pullback.optim.damping import DampingControl
 from pullback.optim.fallback import Fallback
@@ -40,9 +40,9 @@ class PullbackOptimizer(torch.optim.Optimizer):
 
     Args:
         model: the model; its parameters are optimised and its calls observed.
-        criterion: the loss module used in the loop; None for a functional loss, which then needs
-            ``metric`` and a closure.
-        metric: overrides the metric the criterion resolves to.
+        criterion: the loss module used in the loop; several in a list or dict, one per head of the model; None for
+            a functional loss, which then needs ``metric`` and a closure.
+        metric: overrides the metric the criterion resolves to; for several criteria as many, in the same form.
         partition: ``"layerwise"`` (every module for itself), ``"global"`` (all jointly) or coalitions as lists of
             name patterns, ``[["encoder.*"], ["head.*"]]``; what no pattern matches moves alone.
         damping: how mu is chosen.
@@ -78,9 +78,9 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | None,
+        criterion: Criteria,
         *,
-        metric: OutputMetric | None = None,
+        metric: Metrics = None,
         partition: Partition | None = None,
         damping: Damping | None = None,
         mass: Mass = "identity",
@@ -113,7 +113,6 @@ class PullbackOptimizer(torch.optim.Optimizer):
             raise ValueError(f"memory must be a positive number of bytes, got {memory}.")
         self.partition = check_partition(self._partition if partition is None else partition)
         self.mass = check_mass(mass)
-        self.metric = resolve(criterion, metric)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(list(model.parameters()) if params is None else params, defaults)
         for group in self.param_groups:
@@ -136,16 +135,22 @@ class PullbackOptimizer(torch.optim.Optimizer):
         self._tape = Tape(
             model,
             criterion,
-            self.metric,
+            metric,
             sweep,
             batch_norm=batch_norm,
             mine=_ids_of(weakref.ref(self)),
             lenient=fallback is not None,
         )
+        self.losses = self._tape.losses
         self._treated: list[Treated] = []
         self._workspace = Workspace()
 
     # -- the face ---------------------------------------------------------------------------------------
+
+    @property
+    def metric(self) -> OutputMetric | Heads:
+        """The output metric in use, or those of several criteria."""
+        return self._tape.metric
 
     @property
     def coverage(self) -> Coverage:
@@ -210,8 +215,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
         """State to resume from: torch's own, the damping, the random stream of a sampled metric."""
         out = super().state_dict()
         out["pullback"] = {"damping": self._control.state(self._order())}
-        if isinstance(self.metric, Sampled):
-            out["pullback"]["generator"] = self.metric.state()
+        out["pullback"]["generators"] = [m.state() for m in self._sketches()]
         if self._fallback is not None:
             out["pullback"]["fallback"] = self._fallback.state(self._order())
         return out
@@ -223,13 +227,16 @@ class PullbackOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         if "damping" in own:
             self._control.load(own["damping"], self._order())
-        if isinstance(self.metric, Sampled):
-            self.metric.load_state(own.get("generator"))
+        for sketch, state in zip(self._sketches(), own.get("generators", ()), strict=False):
+            sketch.load_state(state)
         if self._fallback is not None and "fallback" in own:
             self._fallback.load(own["fallback"], [p for group in self.param_groups for p in group["params"]])
 
     def _gradients(self) -> dict[int, Tensor]:
         return {id(p): p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+
+    def _sketches(self) -> list[Sampled]:
+        return [metric for _, metric in self.losses if isinstance(metric, Sampled)]
 
     def _order(self) -> list[int]:
         return [id(p) for group in self.param_groups for p in group["params"]]
@@ -253,13 +260,14 @@ class PullbackOptimizer(torch.optim.Optimizer):
                 p.grad = None
             value = closure()
             loss = as_loss(value)
-            if not self._tape.terms and value.requires_grad:
+            unswept = not self._tape.terms and self._tape.finite
+            if unswept and not self._gradients() and value.requires_grad:
                 value.backward()
         return loss
 
     def _why_empty(self) -> str:
-        if self._gradients() and self.criterion is not None:
-            name = type(self.criterion).__name__
+        if self._gradients() and self.losses[0][0] is not None:
+            name = " or ".join(type(criterion).__name__ for criterion, _ in self.losses)
             return (
                 f"No backward pass went through the {name} given to {type(self).__name__} since the last step: call "
                 "loss.backward() before each step, on a loss computed by that very module (or pass criterion=None and "

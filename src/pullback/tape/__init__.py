@@ -1,6 +1,6 @@
 """One linearisation of the model at a batch: who was called with what, costates and factors at every call."""
 
-from pullback.tape.call import tensors
+from pullback.tape.nest import tensors
 from pullback.tape.replay import ClosureReplay, as_loss, replay, replayable
 from pullback.tape.rules import DenseRows, OuterRows, Rows
 from pullback.tape.tape import Tape

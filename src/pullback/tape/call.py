@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pullback.errors import CoverageError
+from pullback.tape.nest import tensors
 
 _clock = itertools.count()
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a nest of tuples, lists and dicts, in a fixed order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        # By far the most common nests, and pytree takes ten times as long for them.
-        return [leaf for part in tree for leaf in tensors(part)]
-    if kind is dict:
-        return [leaf for part in tree.values() for leaf in tensors(part)]
-    if tree is None or isinstance(tree, (int, float, str)):
-        return []
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def wide(t: Tensor) -> Tensor:
@@ -99,14 +84,18 @@ class RootCall(Call):
 
     Attributes:
         rng: state of the CPU generator before the call, None if the call drew nothing.
+        rows: length of the first axis of the first tensor it returned.
         grad: whether an input required grad (the replay then records a graph too).
         autocast: device type and dtype of the autocast region it ran in, None outside one.
     """
 
-    __slots__ = ("autocast", "grad", "rng")
+    __slots__ = ("autocast", "grad", "rng", "rows")
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
-        super().__init__(module, args, kwargs, outputs)
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Sequence[Tensor]
+    ) -> None:
+        super().__init__(module, args, kwargs, len(returned))
+        self.rows = next((int(t.shape[0]) for t in returned if t.ndim), None)
         self.rng: Tensor | None = None
         found = tensors((args, kwargs))
         self.grad = any(t.requires_grad for t in found)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from pullback.errors import MixingError
 from pullback.tape import sweep
-from pullback.tape.call import RootCall, tensors, wide
+from pullback.tape.call import RootCall, wide
 from pullback.tape.graph import Reached
+from pullback.tape.nest import tensors
 from pullback.tape.plan import Unit
 from pullback.tape.recorder import Recorder, uses_batch_statistics
+from pullback.tape.rules import sample_axis
 from pullback.tape.term import LossUse, gather, one_sample
 
 
@@ -30,17 +32,20 @@ def mixed_calls(use: LossUse, found: Reached, N: int) -> set[int]:
     """
     if N < 2:
         return set()
-    which = N // 2
-    columns = sweep.loop(use.edge, found.edges, one_sample(use.z, N, which))
     mixed = set()
-    for (call, _), part in zip(found.flat, columns, strict=True):
-        if part.shape[1] % N:
-            mixed.add(id(call))
-            continue
-        apart = part[0].reshape(N, -1).clone()
-        apart[which] = 0
-        if bool((apart != 0).any()):
-            mixed.add(id(call))
+    # Two samples, since an entry can be where one of them belongs by chance (the last of as many time steps).
+    for which in (0, N // 2):
+        columns = iter(sweep.loop(use.edge, found.edges, one_sample(use.z, N, which)))
+        for call, edges in found.calls:
+            for index in edges:
+                part = next(columns)[0].movedim(sample_axis(call.module, index), 0)
+                if part.shape[0] % N:
+                    mixed.add(id(call))
+                    continue
+                apart = part.reshape(N, -1).clone()
+                apart[which] = 0
+                if bool((apart != 0).any()):
+                    mixed.add(id(call))
     return mixed
 
 

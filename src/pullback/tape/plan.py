@@ -36,7 +36,7 @@ class Unit:
         rule = find_rule(self.module)
         if rule is None or any("." in name for name in self.wanted):
             return generic_rows(self.module, calls, self.wanted, N)
-        return rule[0](self.module, calls, frozenset(self.wanted), N)
+        return rule.rule(self.module, calls, frozenset(self.wanted), N)
 
 
 @dataclass
@@ -95,9 +95,9 @@ def usable_calls(calls: Iterable[Call], N: int, mixed: set[int]) -> dict[int, li
     good: dict[int, list[Call]] = {}
     bad: set[int] = set()
     for call in calls:
-        rule = find_rule(call.module)
-        folds = rule is not None and rule[1]
-        batch = call.batch()
+        kind = find_rule(call.module)
+        batch = call.batch() if kind is None else kind.batch(call)
+        folds = kind is not None and kind.folds
         fits = batch is not None and (batch == N or (folds and batch % N == 0))
         if not fits or id(call) in mixed:
             bad.add(id(call.module))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from pullback.tape.call import Call, RootCall, tensors
+from pullback.tape.call import Call, RootCall
+from pullback.tape.nest import mapped, tensors
 
 _serial = itertools.count()
 
@@ -59,6 +60,19 @@ class Hook:
 def notes(node: Node) -> dict[Any, Any]:
     """The dictionary that lives as long as an autograd node (a property, whatever its stub says)."""
     return cast("dict[Any, Any]", node.metadata)
+
+
+def _apart(output: Any) -> tuple[Any, bool]:
+    """Several outputs as aliases, and whether there were several.
+
+    One may have been computed from another inside the module (an LSTM cell's h from its c). What reaches an
+    alias was used outside, so that the outputs' factors do not count the way inside twice.
+    """
+    found = [t for t in tensors(output) if t.requires_grad and t.grad_fn is not None]
+    if len(found) < 2:
+        return output, False
+    own = {id(t) for t in found}
+    return mapped(lambda t: t.view_as(t) if id(t) in own else t, output), True
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
@@ -134,11 +148,14 @@ class Recorder:
                 edge = get_gradient_edge(leaf)
                 notes(edge.node).setdefault(self.key, []).append((call, index, edge.output_nr))
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.active:
-            self._write(Call(module, args, kwargs, len(tensors(output))), output)
-            if self._freeze and uses_batch_statistics(module):
-                self._hold_statistics(module, args, output)
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.active:
+            return None
+        output, changed = _apart(output)
+        self._write(Call(module, args, kwargs, len(tensors(output))), output)
+        if self._freeze and uses_batch_statistics(module):
+            self._hold_statistics(module, args, output)
+        return output if changed else None
 
     def _hold_statistics(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """In sweeps, let the cotangent through a BatchNorm as if mean and variance were constants."""
@@ -164,10 +181,13 @@ class Recorder:
         if self.active:
             self._rng = torch.get_rng_state()
 
-    def _root_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.active:
-            call = RootCall(module, args, kwargs, len(tensors(output)))
-            if self._rng is not None and not torch.equal(self._rng, torch.get_rng_state()):
-                call.rng = self._rng
-            self._rng = None
-            self._write(call, output)
+    def _root_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.active:
+            return None
+        output, changed = _apart(output)
+        call = RootCall(module, args, kwargs, tensors(output))
+        if self._rng is not None and not torch.equal(self._rng, torch.get_rng_state()):
+            call.rng = self._rng
+        self._rng = None
+        self._write(call, output)
+        return output if changed else None

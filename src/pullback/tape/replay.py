@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback.errors import StepError
-from pullback.tape.call import tensors
+from pullback.tape.nest import mapped, tensors
 from pullback.tape.term import Term
 
 
@@ -92,11 +92,7 @@ class ClosureReplay:
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             torch.set_grad_enabled(modes.pop())
-            if isinstance(output, Tensor):
-                return output.detach().requires_grad_()
-            return torch.utils._pytree.tree_map(
-                lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, output
-            )
+            return mapped(lambda t: t.detach().requires_grad_(t.is_floating_point()), output)
 
         handles = [
             self.model.register_forward_pre_hook(enter),

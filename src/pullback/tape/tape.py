@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from pullback.errors import CoverageError, MetricError
-from pullback.metric import OutputMetric, cell_weights
+from pullback.metric import Criteria, Heads, Metrics, cell_weights, resolve_all
 from pullback.tape import sweep
-from pullback.tape.call import tensors, wide
+from pullback.tape.call import wide
 from pullback.tape.checks import missed, mixed_calls, refuse_mixing
+from pullback.tape.fold import can_fold, folded
 from pullback.tape.graph import Reached, path_to, reach
+from pullback.tape.nest import mapped, tensors
 from pullback.tape.plan import Names, Plan, assign, usable_calls
 from pullback.tape.recorder import Hook, Recorder
+from pullback.tape.structure import samples, structure
 from pullback.tape.term import LossUse, Term, gather
 
 
@@ -37,14 +39,18 @@ class Tape:
 
     Args:
         model: the model, held weakly.
-        criterion: the loss module, or None: then the model's output is the prediction.
-        metric: the output metric.
+        criterion: the loss module, or None: then the model's output is the prediction; or several modules,
+            one per head of the model, in a list or dict.
+        metric: the output metric; for several criteria None or as many in the same form. None takes the
+            criterion's own.
         strategy: how to sweep columns; ``"auto"`` times the ways once per structure of calls.
         batch_norm: ``"refuse"`` BatchNorm on batch statistics, or hold them constant: ``"frozen"``.
         mine: ids of the parameters to give rows to; None for all that require grad.
         lenient: whether parameters that cannot be given rows are collected in ``strays`` or refused.
 
     Attributes:
+        losses: every criterion with its metric.
+        metric: the metric, or the metrics of several criteria.
         strays: why parameters were given no rows, by id.
         terms: the swept uses of the loss since :meth:`clear`, in order of backward.
         finite: False if a use could not be swept because its numbers are not finite.
@@ -53,8 +59,8 @@ class Tape:
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | None,
-        metric: OutputMetric,
+        criterion: Criteria,
+        metric: Metrics = None,
         strategy: sweep.Strategy | str = "auto",
         *,
         batch_norm: str = "refuse",
@@ -65,7 +71,10 @@ class Tape:
             raise ValueError(f"sweep must be 'auto', 'loop', 'vmap' or 'fold', got {strategy!r}.")
         if batch_norm not in ("refuse", "frozen"):
             raise ValueError(f"batch_norm must be 'refuse' or 'frozen', got {batch_norm!r}.")
-        self.metric = metric
+        self.losses = resolve_all(criterion, metric)
+        metrics = tuple(own for _, own in self.losses)
+        self.metric = metrics[0] if len(metrics) == 1 else Heads(metrics)
+        self._metrics = {id(one): own for one, own in self.losses}
         self.strays: dict[int, str] = {}
         self._mine = mine
         self._lenient = lenient
@@ -77,13 +86,13 @@ class Tape:
         self.names = Names(model)
         self._model = weakref.ref(model)
         self._busy = False
-        if criterion is None:
-            handle = model.register_forward_hook(Hook(self, "_model_called"))
-            self.recorder.hold(handle)
-        else:
-            pre, post = Hook(self, "_loss_enters"), Hook(self, "_loss_called")
-            self.recorder.hold(criterion.register_forward_pre_hook(pre, with_kwargs=True))
-            self.recorder.hold(criterion.register_forward_hook(post, with_kwargs=True))
+        for one, _ in self.losses:
+            if one is None:
+                self.recorder.hold(model.register_forward_hook(Hook(self, "_model_called")))
+            else:
+                pre, post = Hook(self, "_loss_enters"), Hook(self, "_loss_called")
+                self.recorder.hold(one.register_forward_pre_hook(pre, with_kwargs=True))
+                self.recorder.hold(one.register_forward_hook(post, with_kwargs=True))
 
     def clear(self) -> None:
         """Forget the terms."""
@@ -116,8 +125,9 @@ class Tape:
             return
         if any(t.requires_grad for t in tensors((others, rest))):
             raise MetricError(
-                f"The target of {type(criterion).__name__} requires grad; detach it, the metric is of the "
-                "prediction alone."
+                f"The target of {type(criterion).__name__}, or another argument after the prediction, requires "
+                "grad; detach it, the metric is of the prediction alone. (A predicted variance belongs into the "
+                "prediction: one output with both, and a loss of it with metric=LossHessian(loss, project=True).)"
             )
         (node, number), *_ = alias.grad_fn.next_functions
         assert node is not None
@@ -143,8 +153,7 @@ class Tape:
         edge = get_gradient_edge(z)
         self._await(LossUse(edge, z.detach()), alias, None)
         # Only the alias leads to the loss: its hook sees the whole costate of the prediction.
-        replaced = [alias if t is z else t for t in pytree.tree_leaves(output)]
-        return pytree.tree_unflatten(replaced, pytree.tree_structure(output))
+        return mapped(lambda t: alias if t is z else t, output)
 
     def _await(self, use: LossUse, alias: Tensor, output: Tensor | None) -> None:
         use.path = path_to(alias, self.recorder.key)
@@ -188,31 +197,33 @@ class Tape:
         start = time.perf_counter()
         if use.upstream is not None and float(use.upstream.min()) < 0:
             raise MetricError("The loss enters the objective with a negative weight; minimise it instead.")
-        N = _samples(use, found)
+        N = samples(use, found)
+        metric = self._metrics[id(use.criterion)]
         # Under autocast predictions are half precision; the metric is formed in float32, swept in half.
         z, costate = wide(use.z), wide(costate)
-        weight = cell_weights(use.criterion, self.metric, z, use.target, N)
+        weight = cell_weights(use.criterion, metric, z, use.target, N, *use.rest)
         if use.upstream is not None:
             weight = weight * use.upstream.to(weight.dtype)
-        S = self.metric.factor(z, weight, N)
-        e0 = self.metric.coordinates(z, weight, costate, N)
+        S = metric.factor(z, weight, N, use.target)
+        e0 = metric.coordinates(z, weight, costate, N, use.target)
         mine = self._mine() if self._mine is not None else found.params.keys()
         found.params = {
             k: p for k, p in found.params.items() if p.requires_grad and k in mine and k in self.names.places
         }
-        structure = _structure(found, use, S.shape[0])
-        plan = self.plans.get(structure)
+        key = structure(found, use, S.shape[0], N)
+        plan = self.plans.get(key)
         if plan is None:
-            if not (bool(torch.isfinite(costate).all()) and bool(torch.isfinite(S).all())):
-                # Nothing can be checked on such numbers, and no step will be taken on them.
+            if not all(bool(torch.isfinite(t).all()) for t in (z, costate, S)):
+                # Nothing can be checked on such numbers, and no step will be taken on them. (A loss that is linear
+                # far out has a finite slope and no curvature at infinity: the prediction tells.)
                 raise NotFiniteError
             plan = self._make_plan(use, found, N, S.to(use.z.dtype), costate.to(use.z.dtype))
-            self.plans[structure] = plan
+            self.plans[key] = plan
         found = found.only(plan.modules)
         columns = self._columns(plan.strategy, use, found, S.to(use.z.dtype))
         return Term(
             use=use,
-            exact=self.metric.exact,
+            exact=metric.exact,
             N=N,
             r=S.shape[0],
             e0=e0.reshape(-1),
@@ -224,7 +235,9 @@ class Tape:
 
     def _columns(self, strategy: str, use: LossUse, found: Reached, S: Tensor) -> list[Tensor]:
         if strategy == "fold":
-            return self._fold(use, found, S)
+            model = self._model()
+            assert model is not None
+            return folded(model, self.recorder, use, found, S)
         way = sweep.vmap if strategy == "vmap" else sweep.loop
         try:
             return way(use.edge, found.edges, S)
@@ -236,31 +249,6 @@ class Tape:
                         "the prediction depends on it; if the model is compiled, give the optimizer the original."
                     ) from error
             raise
-
-    def _fold(self, use: LossUse, found: Reached, S: Tensor) -> list[Tensor]:
-        """Repeat the batch once per column in a new forward pass and sweep it in one backward pass."""
-        model, path = self._model(), use.path
-        assert model is not None
-        assert path is not None
-        r, N = S.shape[0], path.root.batch()
-
-        def repeated(t: Any) -> Any:
-            if isinstance(t, Tensor) and t.ndim and t.shape[0] == N:
-                return t.detach().repeat(r, *(1,) * (t.ndim - 1))
-            return t
-
-        args, kwargs = pytree.tree_map(repeated, (path.root.args, dict(path.root.kwargs)))
-        self.recorder.enabled = True
-        try:
-            with torch.enable_grad(), path.root.context():
-                z = path.follow(tensors(model(*args, **kwargs)))
-        finally:
-            self.recorder.enabled = False
-        again = reach(get_gradient_edge(z), self.recorder.key).only({id(c.module) for c, _ in found.calls})
-        if [c.module for c, _ in again.calls] != [c.module for c, _ in found.calls]:
-            raise RuntimeError("the folded batch took another way through the model")
-        flat = sweep.loop(get_gradient_edge(z), again.edges, S.flatten(0, 1)[None])
-        return [part[0].unflatten(0, (r, -1)) for part in flat]
 
     # -- decided once per structure ---------------------------------------------------------------------
 
@@ -293,58 +281,15 @@ class Tape:
             candidates: dict[sweep.Strategy, Callable[[], list[Tensor]]] = {
                 name: (lambda name=name: self._columns(name, use, found, S))  # type: ignore[misc]
                 for name in sweep.STRATEGIES
-                if name != "fold" or _can_fold(use, found, self._model(), N)
+                if name != "fold" or can_fold(use, found, self._model(), N)
             }
             if S.shape[0] > 1:
                 plan.strategy, _, plan.seconds = sweep.choose(candidates)
         else:
             plan.strategy = self.strategy  # type: ignore[assignment]
-            if plan.strategy == "fold" and not _can_fold(use, found, self._model(), N):
+            if plan.strategy == "fold" and not can_fold(use, found, self._model(), N):
                 raise CoverageError(
                     "sweep='fold' needs one deterministic call of the model per loss, with the loss taken of "
                     "its output; use 'loop'."
                 )
         return plan
-
-
-def _samples(use: LossUse, found: Reached) -> int:
-    """Number N of independent samples behind a prediction.
-
-    Raises:
-        CoverageError: if the model's calls do not agree on one, or the prediction has another.
-    """
-    if use.z.ndim == 0 or use.z.numel() == 0:
-        raise CoverageError(
-            f"The loss was given predictions of shape {tuple(use.z.shape)}; at least one sample along the "
-            "first axis is needed."
-        )
-    batches = {call.batch() for call in found.roots}
-    if len(batches) != 1 or None in batches:
-        raise CoverageError(
-            "The loss depends on " + (f"calls of the model with batches {sorted(map(str, batches))}"
-            if batches else "no call of the model that was recorded")
-            + "; give it the output of model(inputs), the batch along the first axis."
-        )  # fmt: skip
-    (N,) = batches
-    assert N is not None
-    if N == 0 or use.z.shape[0] % N:
-        raise CoverageError(
-            f"The model took {N} samples and the loss got predictions {tuple(use.z.shape)}; their first axis "
-            "must be the batch."
-        )
-    return N
-
-
-def _structure(found: Reached, use: LossUse, r: int) -> Any:
-    """What must be the same for a plan to hold: modules, shapes, modes, trained parameters."""
-    calls = tuple((id(call.module), call.module.training, call.shape) for call, _ in found.calls)
-    trained = tuple(found.params)
-    # One sample alone has nothing to be mixed with: what was found then says nothing of larger batches.
-    return calls, trained, tuple(use.z.shape[1:]), r, use.path is None, use.z.shape[0] > 1
-
-
-def _can_fold(use: LossUse, found: Reached, model: nn.Module | None, N: int) -> bool:
-    alone = len(found.roots) == 1 and use.path is not None and found.roots[0].rng is None
-    # A module in training mode may write its buffers; a folded batch must leave no trace.
-    pure = model is not None and not any(m.training and m._buffers for m in model.modules())
-    return alone and pure and use.z.shape[0] % N == 0

@@ -57,6 +57,12 @@ class LossUse:
         found = self.args[0] if self.args else (self.kwargs or {}).get("target")
         return found if isinstance(found, Tensor) else None
 
+    @property
+    def rest(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the criterion was called with beside prediction and target."""
+        named = {key: value for key, value in (self.kwargs or {}).items() if key != "target"}
+        return self.args[1:], named
+
     def weighted(self, value: Tensor) -> Tensor:
         """The share of a loss value in what ``backward`` was called on, a scalar."""
         return value.sum() if self.upstream is None else (self.upstream * value).sum()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from pullback.tape.call import CallFactor
+from pullback.tape.call import Call, CallFactor
+from pullback.tape.rules.bag import bag_rows, bags
 from pullback.tape.rules.base import DenseRows, Rows
-from pullback.tape.rules.batch_norm import batch_norm_rows
-from pullback.tape.rules.conv import conv2d_rows
+from pullback.tape.rules.conv import conv_rows
 from pullback.tape.rules.embedding import embedding_rows
 from pullback.tape.rules.generic import generic_rows
 from pullback.tape.rules.linear import linear_rows
-from pullback.tape.rules.norm import layer_norm_rows
+from pullback.tape.rules.norm import norm_rows
 from pullback.tape.rules.outer import OuterRows
 from pullback.tape.rules.prelu import prelu_rows
+from pullback.tape.rules.recurrent import batch_axis, recurrent_rows, repeatable, sequences
 
 Rule = Callable[[Any, Sequence[CallFactor], frozenset[str], int], Rows]
 
@@ -25,30 +28,87 @@ def _always(module: Any) -> bool:
     return True
 
 
-#: kind of layer, its rule, which of its instances the rule is for, and whether positions may be folded
-#: into the batch axis (a Linear on (N * T, d) is a Linear at T positions).
-RULES: list[tuple[type[nn.Module], Rule, Callable[[Any], bool], bool]] = [
-    (nn.Linear, linear_rows, _always, True),
-    (nn.Conv2d, conv2d_rows, lambda m: m.groups == 1, False),
-    (nn.Embedding, embedding_rows, lambda m: m.max_norm is None and not m.scale_grad_by_freq, True),
-    (nn.LayerNorm, layer_norm_rows, _always, True),
-    (nn.modules.batchnorm._BatchNorm, batch_norm_rows, _always, False),
-    (nn.PReLU, prelu_rows, _always, False),
+def _first(module: nn.Module, output: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer and its rule.
+
+    Attributes:
+        layer: class of the layer.
+        rule: its rule.
+        fits: which of its instances the rule is for.
+        folds: whether positions may be folded into the batch axis (a Linear on (N * T, d) is a Linear at T
+            positions).
+        batch: number of samples a call was given, None without a batch.
+        axis: axis of the samples in an output, from its index.
+    """
+
+    layer: type[nn.Module]
+    rule: Rule
+    fits: Callable[[Any], bool] = _always
+    folds: bool = False
+    batch: Callable[[Call], int | None] = Call.batch
+    axis: Callable[[nn.Module, int], int] = _first
+
+
+def _plain_table(module: Any) -> bool:
+    return module.max_norm is None and not module.scale_grad_by_freq
+
+
+#: Names of parameters in torch's layers; weight_orig, weight_g and the like hold computed weights.
+_DECLARED = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
+
+RULES: list[Kind] = [
+    Kind(nn.Linear, linear_rows, folds=True),
+    Kind(nn.Conv1d, conv_rows),
+    Kind(nn.Conv2d, conv_rows),
+    Kind(nn.Conv3d, conv_rows),
+    Kind(nn.ConvTranspose1d, conv_rows),
+    Kind(nn.ConvTranspose2d, conv_rows),
+    Kind(nn.ConvTranspose3d, conv_rows),
+    Kind(nn.Embedding, embedding_rows, _plain_table, folds=True),
+    Kind(nn.EmbeddingBag, bag_rows, lambda m: _plain_table(m) and m.mode != "max", batch=bags),
+    Kind(nn.LayerNorm, norm_rows, folds=True),
+    Kind(nn.RMSNorm, norm_rows, folds=True),
+    Kind(nn.GroupNorm, norm_rows),
+    Kind(nn.modules.batchnorm._BatchNorm, norm_rows),
+    Kind(nn.modules.instancenorm._InstanceNorm, norm_rows),
+    Kind(nn.PReLU, prelu_rows),
+    Kind(nn.RNN, recurrent_rows, repeatable, False, sequences, batch_axis),
+    Kind(nn.GRU, recurrent_rows, repeatable, False, sequences, batch_axis),
+    Kind(nn.LSTM, recurrent_rows, repeatable, False, sequences, batch_axis),
+    Kind(nn.RNNCell, recurrent_rows, batch=sequences),
+    Kind(nn.GRUCell, recurrent_rows, batch=sequences),
+    Kind(nn.LSTMCell, recurrent_rows, batch=sequences),
 ]
 
 
-def find_rule(module: nn.Module) -> tuple[Rule, bool] | None:
-    """The special rule for a module and whether it takes folded positions; None if the generic one must do.
+def find_rule(module: nn.Module) -> Kind | None:
+    """The special rule for a module; None if the generic one must do.
 
     A subclass counts as its base only if it inherits ``forward`` and holds the base's parameters itself
     (a parametrised weight is computed, not held).
     """
-    for kind, rule, fits, folds in RULES:
-        if isinstance(module, kind) and type(module).forward is kind.forward and fits(module):
-            held = all(name in ("weight", "bias") for name in module._parameters)
-            if held and module._parameters.get("weight") is not None:
-                return rule, folds
+    for kind in RULES:
+        if isinstance(module, kind.layer) and type(module).forward is kind.layer.forward and kind.fits(module):
+            return kind if _holds_its_own(module) else None
     return None
 
 
-__all__ = ["DenseRows", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows"]
+def sample_axis(module: nn.Module, output: int) -> int:
+    """Axis of the samples in an output of a module."""
+    kind = find_rule(module)
+    return 0 if kind is None else kind.axis(module, output)
+
+
+def _holds_its_own(module: nn.Module) -> bool:
+    """Whether its parameters are those that its class declares, none of them computed or added."""
+    names = [name for name, p in module._parameters.items() if p is not None]
+    declared = all(_DECLARED.fullmatch(name) for name in names)
+    return declared and any(name.startswith("weight") for name in names) and not hasattr(module, "parametrizations")
+
+
+__all__ = ["DenseRows", "Kind", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows", "sample_axis"]

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pullback.tape.rules.square import square
+
 #: Numbers that a temporary of a rule may hold; larger ones are worked through in chunks.
 CHUNK_NUMBERS = 1 << 24
 
@@ -70,12 +72,7 @@ class Rows(ABC):
 
     def primal(self) -> Tensor:
         """U^T U, shape (n, n), a fresh tensor."""
-        out: Tensor | None = None
-        for U in self.chunks():
-            flat = U.reshape(-1, self.n)
-            out = flat.T @ flat if out is None else out.addmm_(flat.T, flat)
-        assert out is not None
-        return out
+        return square(U.reshape(-1, self.n).T for U in self.chunks())
 
     def primal_flops(self) -> float:
         """Multiply-adds of :meth:`primal`."""
@@ -126,8 +123,11 @@ class DenseRows(Rows):
 
     def gram(self) -> Tensor:
         """See the base class."""
-        flat = self.U.reshape(-1, self.n)
-        return flat @ flat.T
+        return square([self.U.reshape(-1, self.n)])
+
+    def gram_into(self, out: Tensor) -> Tensor:
+        """See the base class."""
+        return square([self.U.reshape(-1, self.n)], out)
 
     def matvec(self, delta: Tensor) -> Tensor:
         """See the base class."""

@@ -15,6 +15,7 @@ class EmbeddingRows(OuterRows):
     """Rows of a table look-up; ``index`` has shape (N, P), s shape (r, N, P, o)."""
 
     rule = "embedding"
+    input_first = True
 
     def __init__(self, weight: nn.Parameter, index: Tensor, s: Tensor) -> None:
         super().__init__(weight, None, s)

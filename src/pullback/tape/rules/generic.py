@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from pullback.errors import CoverageError
-from pullback.tape.call import CallFactor, tensors, wide
+from pullback.tape.call import Call, CallFactor, wide
+from pullback.tape.nest import rebuilt, tensors
 from pullback.tape.rules.base import CHUNK_NUMBERS, DenseRows
 
 
@@ -47,22 +48,62 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     return p
 
 
-def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Parameter], N: int) -> Tensor:
-    leaves, spec = pytree.tree_flatten((call.call.args, dict(call.call.kwargs)))
-    batched = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == N for t in leaves]
-    own = {name: p.detach() for name, p in params.items()}
-    index = [k for k, part in enumerate(call.parts) if part is not None]
-    cotangents = [call.parts[k].transpose(0, 1) for k in index]  # type: ignore[union-attr]  # (N, r, ...)
+@dataclass
+class _Sliced:
+    """The inputs of a call, to be fed one sample at a time.
 
-    def one(values: list[Any], v: list[Tensor]) -> Tensor:
+    Attributes:
+        tree: positional and keyword arguments.
+        leaves: the tensors in it, detached.
+        batched: which of them have the samples along their first axis.
+    """
+
+    tree: tuple[tuple[Any, ...], dict[str, Any]]
+    leaves: list[Tensor]
+    batched: list[bool]
+
+    @classmethod
+    def of(cls, call: Call, N: int) -> _Sliced:
+        """Read it off a call of N samples."""
+        tree = (call.args, dict(call.kwargs))
+        shared = _shared(call)
+        leaves = tensors(tree)
+        batched = [t.ndim > 0 and t.shape[0] == N and t is not shared for t in leaves]
+        return cls(tree, [wide(t.detach()) for t in leaves], batched)
+
+    def samples(self) -> list[Tensor]:
+        """The tensors that have samples."""
+        return [t for t, b in zip(self.leaves, self.batched, strict=True) if b]
+
+    def call(self, module: nn.Module, params: dict[str, Tensor], sample: Sequence[Tensor]) -> list[Tensor]:
+        """Output tensors for one sample, given by :meth:`samples` without their first axis."""
+        following = iter(sample)
+        values = [next(following)[None] if b else t for t, b in zip(self.leaves, self.batched, strict=True)]
+        args, kwargs = rebuilt(self.tree, values)
+        return tensors(functional_call(module, params, args, kwargs))
+
+
+def _shared(call: Call) -> Tensor | None:
+    """An argument that is not per sample although as many rows may make it look so: a mask (T, T) at T = N."""
+    if not isinstance(call.module, nn.MultiheadAttention):
+        return None
+    mask = call.kwargs.get("attn_mask", call.args[5] if len(call.args) > 5 else None)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Parameter], N: int) -> Tensor:
+    """Rows (r, N, n) by vmap over samples, or one by one."""
+    inputs = _Sliced.of(call.call, N)
+    own = {name: p.detach() for name, p in params.items()}
+    reached = [(k, part.transpose(0, 1)) for k, part in enumerate(call.parts) if part is not None]
+    cotangents = [part for _, part in reached]  # (N, r, ...)
+
+    def one(sample: list[Tensor], v: list[Tensor]) -> Tensor:
         """Rows (r, n) of one sample: inputs without the batch axis, cotangents (r, ...)."""
-        filled = iter(values)
-        inputs = [next(filled)[None] if b else _detached(t) for t, b in zip(leaves, batched, strict=True)]
-        args, kwargs = pytree.tree_unflatten(inputs, spec)
 
         def outputs(p: dict[str, Tensor]) -> list[Tensor]:
-            found = tensors(functional_call(module, p, args, kwargs))
-            return [found[k][0] for k in index]
+            found = inputs.call(module, p, sample)
+            return [found[k][0] for k, _ in reached]
 
         pull = torch.func.vjp(outputs, own)[1]
 
@@ -72,59 +113,59 @@ def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Para
 
         return torch.func.vmap(rows)(v)
 
-    leaves = [wide(t) if isinstance(t, Tensor) else t for t in leaves]
-    samples = [t.detach() for t, b in zip(leaves, batched, strict=True) if b]
     numbers = call.r * sum(p.numel() for p in own.values())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # vmap falling back to a loop inside
-            U = torch.func.vmap(one, chunk_size=max(1, CHUNK_NUMBERS // max(1, numbers)))(samples, cotangents)
+            chunk = max(1, CHUNK_NUMBERS // max(1, numbers))
+            U = torch.func.vmap(one, chunk_size=chunk)(inputs.samples(), cotangents)
     except RuntimeError:
         U = None
     if U is None or U.shape[:2] != (N, call.r):
         # No batching rule, or a faulty one (nested vmap over prelu returns too many rows in torch 2.13).
-        U = _one_by_one(module, leaves, batched, spec, own, index, cotangents, N)
+        U = _one_by_one(module, inputs, own, reached, N)
     return U.transpose(0, 1)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _one_by_one(
     module: nn.Module,
-    leaves: list[Any],
-    batched: list[bool],
-    spec: Any,
+    inputs: _Sliced,
     own: dict[str, Tensor],
-    index: list[int],
-    cotangents: list[Tensor],
+    reached: list[tuple[int, Tensor]],
     N: int,
 ) -> Tensor:
     """The same rows with ordinary autograd, one sample at a time: (N, r, n)."""
     rows = []
     leaf = {name: p.clone().requires_grad_() for name, p in own.items()}
     for n in range(N):
-        inputs = [t.detach()[n : n + 1] if b else _detached(t) for t, b in zip(leaves, batched, strict=True)]
-        args, kwargs = pytree.tree_unflatten(inputs, spec)
         try:
             with torch.enable_grad():
-                found = tensors(functional_call(module, leaf, args, kwargs))
-                outs = [found[k] for k in index]
-            for a in range(cotangents[0].shape[1]):
-                # A parameter this sample does not touch has zero derivative; the gradient check sees the rest.
-                grads = torch.autograd.grad(
-                    outs,
-                    list(leaf.values()),
-                    [c[n, a][None] for c in cotangents],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                rows.append(torch.cat([g.reshape(-1) for g in grads]))
+                found = inputs.call(module, leaf, [t[n] for t in inputs.samples()])
+            outs = [found[k] for k, _ in reached]
+            grads = _columns(outs, list(leaf.values()), [part[n, :, None] for _, part in reached])
+            rows.append(torch.cat([g.flatten(1) for g in grads], 1))
         except RuntimeError as error:
             raise CoverageError(
                 f"{type(module).__name__} cannot be differentiated one sample at a time ({error}); "
                 "freeze its parameters or give it a forward that treats samples alike."
             ) from error
-    return torch.stack(rows).view(N, -1, rows[0].numel())
+    return torch.stack(rows)
+
+
+def _columns(outs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products for all columns (r, ...): in one batched pass, or one by one."""
+    options = {"retain_graph": True, "allow_unused": True}
+    r = cotangents[0].shape[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            grads = torch.autograd.grad(outs, leaves, cotangents, is_grads_batched=True, **options)
+        if all(g is None or g.shape == (r, *p.shape) for g, p in zip(grads, leaves, strict=True)):
+            return [p.new_zeros(r, *p.shape) if g is None else g for g, p in zip(grads, leaves, strict=True)]
+    except RuntimeError:
+        pass  # an operation without a batching rule
+    parts = [torch.autograd.grad(outs, leaves, [c[a] for c in cotangents], **options) for a in range(r)]
+    return [
+        torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+        for p, column in zip(leaves, zip(*parts, strict=True), strict=True)
+    ]

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pullback.tape.rules.base import CHUNK_NUMBERS, Rows
+from pullback.tape.rules.square import square
+
+#: What multiplying and summing one pair of positions costs, in multiply-adds of a matrix product (measured).
+ELEMENT = 32
 
 
 class OuterRows(Rows):
@@ -26,6 +30,9 @@ class OuterRows(Rows):
         bias: the bias parameter, or None.
         s: factor at the module's output, shape (r, N, P, o).
     """
+
+    #: whether the weight is stored inputs first, (i, o), as a table is
+    input_first: bool = False
 
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, s: Tensor) -> None:
         super().__init__([p for p in (weight, bias) if p is not None], s.shape[0], s.shape[1])
@@ -105,7 +112,7 @@ class OuterRows(Rows):
 
     def primal(self) -> Tensor:
         """See the base class; with several columns they are contracted per sample first (r times cheaper)."""
-        if self.P > 1 or self.r == 1 or self.weight is None:
+        if not self._structured:
             return super().primal()
         o, i = self.s.shape[3], self.width
         s, x = self.s[:, :, 0], self.input_rows(0, None)[:, 0]
@@ -127,7 +134,7 @@ class OuterRows(Rows):
 
     def diagonal(self) -> Tensor:
         """With one position the squares factorise. See the base class."""
-        if self.P > 1:
+        if self.P > 1 or self.input_first:
             return super().diagonal()
         s2 = self.s[:, :, 0].square().sum(0)
         pieces = []
@@ -149,12 +156,17 @@ class OuterRows(Rows):
 
     def primal_flops(self) -> float:
         """See the base class."""
-        structured = self.P == 1 and self.r > 1 and self.weight is not None
-        return float(self.N if structured else self.R) * self.n**2
+        return float(self.N if self._structured else self.R) * self.n**2
+
+    @property
+    def _structured(self) -> bool:
+        """Whether the primal comes cheaper from the columns contracted per sample."""
+        return self.P == 1 and self.r > 1 and self.weight is not None and not self.input_first
 
     def _pairwise_flops(self) -> float:
         o = self.s.shape[3]
-        return float(self.R * self.P) ** 2 * (o + 2) + float(self.N * self.P) ** 2 * self.width
+        elementwise = 2 if self.P == 1 else ELEMENT
+        return float(self.R * self.P) ** 2 * (o + elementwise) + float(self.N * self.P) ** 2 * self.width
 
     def _summed_flops(self) -> float:
         return float(self.R) ** 2 * self.n + float(self.R) * self.P * self.n
@@ -162,41 +174,19 @@ class OuterRows(Rows):
     # -- the two ways to a Gram -------------------------------------------------------------------------
 
     def _pairwise(self, other: OuterRows, out: Tensor | None = None) -> Tensor:
-        """K = sum_pq (s_p . s'_q) (x_p . x'_q + 1), sample block by sample block."""
+        """K from inner products of inputs and of factors."""
         x = self.inner(other) if self.weight is not None else None
         if self.bias is not None:
             x = x.add_(1.0) if x is not None else self.s.new_ones(self.N, self.P, other.N, other.P)
         assert x is not None
-        o = self.s.shape[3]
-        if self.P == other.P == 1:
-            left = self.s.reshape(-1, o)
-            K = self.s.new_empty(self.R, other.R) if out is None else out
-            torch.mm(left, (left if other is self else other.s.reshape(-1, o)).T, out=K)
-            if self.r == other.r == 1:
-                return K.mul_(x[:, 0, :, 0])
-            K.view(self.r, self.N, other.r, other.N).mul_(x[:, 0, :, 0][:, None, :])
-            return K
-        K = (self.s.new_empty(self.R, other.R) if out is None else out).view(self.r, self.N, other.R)
-        right = other.s.reshape(-1, o).T
-        step = max(1, CHUNK_NUMBERS // (self.P * right.shape[1]))
-        for a in range(self.r):
-            for k in range(0, self.N, step):
-                part = (self.s[a, k : k + step].reshape(-1, o) @ right).view(-1, self.P, other.r, other.N, other.P)
-                part.mul_(x[k : k + step, :, None])
-                K[a, k : k + step] = part.sum((1, 4)).reshape(part.shape[0], -1)
-        return K.view(self.R, other.R)
+        return pairwise(self.s, other.s, x, out)
 
     def _summed(self, out: Tensor) -> Tensor:
         """K = U U^T from explicit rows, a slice of output numbers at a time."""
         o = self.s.shape[3]
         step = max(1, CHUNK_NUMBERS // (self.R * (self.width + 1)))
-        for k in range(0, o, step):
-            U = self._form(0, None, k, min(k + step, o)).view(self.R, -1)
-            if k == 0:
-                torch.mm(U, U.T, out=out)
-            else:
-                out.addmm_(U, U.T)
-        return out
+        slices = range(0, o, step)
+        return square((self._form(0, None, k, min(k + step, o)).view(self.R, -1) for k in slices), out)
 
     def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
         """Rows of samples start:stop restricted to output numbers o0:o1, shape (r, samples, columns)."""
@@ -216,6 +206,44 @@ class OuterRows(Rows):
         if self.bias is not None:
             torch.sum(s, 2, out=U[:, :, o * width :])
         return U
+
+
+def pairwise(s: Tensor, t: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
+    r"""Sum over pairs of positions :math:`\sum_{pq} (s_{anp} \cdot t_{bmq})\, x_{npmq}`.
+
+    Args:
+        s: vectors, shape (r, N, P, o).
+        t: vectors, shape (r', N', P', o); the same object as ``s`` for a Gram.
+        inner: the weights x, shape (N, P, N', P').
+        out: memory for the result; a fresh tensor without.
+
+    Returns:
+        Shape (r N, r' N').
+    """
+    (r, N, P, o), (r2, N2, P2, _) = s.shape, t.shape
+    K = s.new_empty(r * N, r2 * N2) if out is None else out
+    if P == P2 == 1:
+        left = s.reshape(-1, o)
+        if s is t:
+            square([left], K)
+        else:
+            torch.mm(left, t.reshape(-1, o).T, out=K)
+        if r == r2 == 1:
+            return K.mul_(inner[:, 0, :, 0])
+        K.view(r, N, r2, N2).mul_(inner[:, 0, :, 0][:, None, :])
+        return K
+    # Positions of t lead its columns, so that they are summed over contiguous runs.
+    right = t.permute(2, 0, 1, 3).reshape(-1, o).T
+    weights = inner.transpose(2, 3).contiguous()
+    rows = K.zero_().view(r, N, r2 * N2)
+    # Small pieces stay in the cache.
+    step = max(1, (CHUNK_NUMBERS >> 4) // (r * P2 * r2 * N2))
+    for k in range(0, N, step):
+        for p in range(P):
+            part = (s[:, k : k + step, p].reshape(-1, o) @ right).view(r, -1, P2, r2, N2)
+            part.mul_(weights[k : k + step, p, :, None])
+            rows[:, k : k + step] += part.sum(2).flatten(2)
+    return K
 
 
 def held(module: nn.Module, name: str) -> nn.Parameter | None:
