@@ -11,7 +11,7 @@ from torch import Tensor
 _BLOCKS = 4
 
 #: Multiply-adds from which blocks are worth their calls.
-_WORTH = 1 << 24
+_WORTH = 1 << 26
 
 
 def square(pieces: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
