@@ -197,7 +197,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
             scaling.undo(terms, [p for group in self.param_groups for p in group["params"]])
         before = loss if loss is not None else (_loss_of(terms) if terms else None)
         value = math.nan if before is None or not finite else float(before)
-        state = dataclasses.replace(self._control)
+        state = self._control.copy()
         with torch.no_grad(), self._tape.recorder.paused():
             if self._control.overshot(value if before is not None or not finite else 0.0):
                 self._take_back(value)

@@ -76,6 +76,10 @@ class DampingControl:
     level: tuple[float, float] | None = None
     taken: Taken | None = None
 
+    def copy(self) -> DampingControl:
+        """The state as it is, to go back to."""
+        return DampingControl(self.options, self.mu, self.nu, self.mean, self.level, self.taken)
+
     def start(self, unit: float, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype) -> float:
         """Judge the last step by this batch; returns the damping to try first.
 

@@ -130,7 +130,8 @@ class System:
         lrs = {rates[id(p)] for p in self.params}
         factor = alpha * (next(iter(lrs)) if len(lrs) == 1 else 1.0)
         bent: list[list[Tensor]] = []
-        step: dict[int, Tensor] = {}
+        moved: list[Tensor] = []
+        pieces: list[Tensor] = []
         for solver, scale, parts in zip(self.solvers, self._scales, direction.d, strict=True):
             bent.append([])
             for k, (block, d) in enumerate(zip(solver.blocks, parts, strict=True)):
@@ -139,9 +140,10 @@ class System:
                     s *= block.pack([torch.full_like(p, rates[id(p)]) for p in block.params])
                 bent[-1].append(s)
                 real = s if scale is None else s * scale[k]
-                for p, piece in zip(block.params, block.unpack(real), strict=True):
-                    p.add_(piece)
-                    step[id(p)] = piece
+                moved += block.params
+                pieces += block.unpack(real)
+        torch._foreach_add_(moved, pieces)
+        step = {id(p): piece for p, piece in zip(moved, pieces, strict=True)}
         if len(lrs) == 1:
             return step, direction.Ud * factor, direction.slope * factor, direction.norm2 * factor**2
         return (step, *self._measured(bent))
