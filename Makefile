@@ -27,6 +27,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 unit: $(VENV)/.dev
+	$(BIN)/python -m pytest --doctest-modules src
 	$(BIN)/python -m pytest -n 2
 
 # Not part of the tests: step time over its floor and over Adam's step; the figures are committed.
@@ -43,6 +44,9 @@ $(VENV)/.cli: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+# The outside reference for products with U^T U; with its dependencies it would ask for torchvision, hence for CUDA.
+	$(PIP) install --quiet -c constraints.txt einops opt-einsum linear_operator tqdm
+	$(PIP) install --quiet --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv unfoldNd
 	touch $@ $(VENV)/.cli
 
 clean:

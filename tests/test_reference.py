@@ -23,8 +23,7 @@ def test_products_with_the_metric_are_those_of_curvlinops(case, loss, reduction)
     make, target = LOSSES[loss]
     criterion, y = make(reduction=reduction).double(), target(model(x).detach())
     lin = linearise(model, criterion, [((x,), {}, y)])
-    named = dict(model.named_parameters())
-    G = reference.GGNLinearOperator(model, criterion, named, [(x, y)], check_deterministic=False)
+    G = reference.GGNLinearOperator(model, criterion, list(model.parameters()), [(x, y)], check_deterministic=False)
     where = columns(model, lin.blocks)
     for seed in range(3):
         v = torch.randn(len(where), dtype=x.dtype, generator=torch.Generator().manual_seed(seed))

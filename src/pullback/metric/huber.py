@@ -37,7 +37,7 @@ class Huber(ElementwiseMetric):
             raise MetricError(
                 f"Huber needs a target of shape {tuple(z.shape)}, got {got}; use nn.HuberLoss as the criterion."
             )
-        return ((z - target).abs() < self.delta).to(z.dtype)
+        return ((z - target.to(z.dtype)).abs() < self.delta).to(z.dtype)
 
     def _options(self) -> str:
         return ", ".join(filter(None, [f"delta={self.delta:g}", super()._options()]))

@@ -32,7 +32,7 @@ from pullback.optim.record import Coverage, StepRecord
 from pullback.optim.scaling import Scaling
 from pullback.optim.search import Clock, Search
 from pullback.optim.system import System
-from pullback.tape import ClosureReplay, Tape, Term, as_loss, replay, replayable
+from pullback.tape import ClosureReplay, Tape, Term, as_loss, inputs_finite, replay, replayable
 
 
 class PullbackOptimizer(torch.optim.Optimizer):
@@ -144,6 +144,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
         self.losses = self._tape.losses
         self._treated: list[Treated] = []
         self._workspace = Workspace()
+        self._masses: dict[Tensor, Tensor] = {}
+        self._closed = False
 
     # -- the face ---------------------------------------------------------------------------------------
 
@@ -164,6 +166,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove the hooks from model and criterion. Happens by itself when the optimizer is collected."""
+        self._closed = True
         self._tape.close()
         self._workspace.clear()
         self._treated = []
@@ -199,7 +202,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
         value = math.nan if before is None or not finite else float(before)
         state = self._control.copy()
         with torch.no_grad(), self._tape.recorder.paused():
-            if self._control.overshot(value if before is not None or not finite else 0.0):
+            if terms and inputs_finite(terms) and self._untouched() and self._control.overshot(value):
                 self._take_back(value)
                 return loss
             if not finite or (before is not None and not math.isfinite(value)):
@@ -208,6 +211,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
                 self._step(terms, value, closure)
             except BaseException:
                 self._control = state
+                self._masses.clear()
                 raise
         return loss
 
@@ -266,6 +270,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
         return loss
 
     def _why_empty(self) -> str:
+        if self._closed:
+            return f"This {type(self).__name__} was closed, its hooks are gone; make a new one to go on."
         if self._gradients() and self.losses[0][0] is not None:
             name = " or ".join(type(criterion).__name__ for criterion, _ in self.losses)
             return (
@@ -325,8 +331,26 @@ class PullbackOptimizer(torch.optim.Optimizer):
         self._control.fail()
         self.last = dataclasses.replace(self.last, accepted=False, actual=taken.start - loss)
 
+    def _untouched(self) -> bool:
+        """Whether the weights are still what the last step left; a checkpoint loaded since is not ours to undo."""
+        taken = self._control.taken
+        if taken is None:
+            return False
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in taken.before:
+                    left = taken.before[id(p)] + taken.step[id(p)]
+                    if group["weight_decay"]:
+                        left *= 1 - group["lr"] * group["weight_decay"]
+                    if not torch.equal(p, left):
+                        return False
+        return True
+
     def _finish(self, params: Sequence[Tensor]) -> None:
         """What follows a step that was kept: decay, and memory for the momentum."""
+        for p, mass in self._masses.items():
+            self.state[p]["mass"] = mass
+        self._masses.clear()
         kept = self._control.taken
         if kept is None:
             for p in params:
@@ -347,8 +371,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
             torch.maximum(self.state[p]["mass"], own) if "mass" in self.state[p] else own
             for p, own in zip(block.params, block.unpack(diagonal), strict=True)
         ]
-        for p, own in zip(block.params, seen, strict=True):
-            self.state[p]["mass"] = own.clone()
+        # They become state once the step is through: an exception on the way must leave no trace.
+        self._masses.update(zip(block.params, (own.clone() for own in seen), strict=True))
         return block.pack(seen)
 
     # -- parts ------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ class Momentum:
 
     Attributes:
         kind: ``"model"`` minimises the quadratic model in the plane of the new direction and the previous
-            step: nothing to tune. ``"spring"`` damps towards a fraction of the previous step instead of
+            step: nothing to tune, and nothing gained where all modules solve jointly (their direction is the
+            minimiser already). ``"spring"`` damps towards a fraction of the previous step instead of
             towards zero, which averages noisy batches.
         decay: that fraction, for ``"spring"``.
     """

@@ -1,7 +1,7 @@
 """One linearisation of the model at a batch: who was called with what, costates and factors at every call."""
 
 from pullback.tape.nest import tensors
-from pullback.tape.replay import ClosureReplay, as_loss, replay, replayable
+from pullback.tape.replay import ClosureReplay, as_loss, inputs_finite, replay, replayable
 from pullback.tape.rules import DenseRows, OuterRows, Rows
 from pullback.tape.tape import Tape
 from pullback.tape.term import LossUse, Term
@@ -15,6 +15,7 @@ __all__ = [
     "Tape",
     "Term",
     "as_loss",
+    "inputs_finite",
     "replay",
     "replayable",
     "tensors",

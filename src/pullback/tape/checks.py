@@ -6,6 +6,7 @@ could: samples mixed by a centring written by hand, time folded in the wrong ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,10 @@ from pullback.tape.plan import Unit
 from pullback.tape.recorder import Recorder, uses_batch_statistics
 from pullback.tape.rules import sample_axis
 from pullback.tape.term import LossUse, gather, one_sample
+
+
+class NotFiniteError(ArithmeticError):
+    """Numbers that are not finite met a structure of calls that has not been checked yet."""
 
 
 def mixed_calls(use: LossUse, found: Reached, N: int) -> set[int]:
@@ -61,6 +66,9 @@ def missed(units: Sequence[Unit], use: LossUse, found: Reached, N: int, costate:
 
     Returns:
         Relative error by id of the parameter; empty if all agree.
+
+    Raises:
+        NotFiniteError: if the gradient is not finite, so that nothing can be told.
     """
     given = {id(p) for unit in units for p in unit.parameters()}
     params = {k: p for k, p in found.params.items() if k in given}
@@ -75,6 +83,8 @@ def missed(units: Sequence[Unit], use: LossUse, found: Reached, N: int, costate:
         for p, g in zip(rows.params, rows.split(total), strict=True):
             ours[id(p)] += g
     norm = sum(float(g.square().sum()) for g in true) ** 0.5
+    if not math.isfinite(norm):
+        raise NotFiniteError
     # Under autocast the rows are as good as the half precision they came through.
     coarse = max([torch.finfo(costate.dtype).eps, *(torch.finfo(t.dtype).eps for t in _floating(found))])
     wrong = {}

@@ -19,6 +19,13 @@ def replayable(terms: Sequence[Term]) -> bool:
     return all(term.use.path is not None and term.use.criterion is not None for term in terms)
 
 
+def inputs_finite(terms: Sequence[Term]) -> bool:
+    """Whether what the model and the losses were given is finite, so that a bad loss comes from the weights."""
+    given = [t for term in terms for root in term.roots for t in tensors((root.args, root.kwargs))]
+    given += [t for term in terms for t in tensors((term.use.args, term.use.kwargs))]
+    return all(bool(torch.isfinite(t).all()) for t in given if t.is_floating_point())
+
+
 def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
     """Loss of the terms at the model's present weights, a scalar without a graph.
 

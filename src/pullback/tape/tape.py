@@ -20,7 +20,7 @@ from pullback.errors import CoverageError, MetricError
 from pullback.metric import Criteria, Heads, Metrics, cell_weights, resolve_all
 from pullback.tape import sweep
 from pullback.tape.call import wide
-from pullback.tape.checks import missed, mixed_calls, refuse_mixing
+from pullback.tape.checks import NotFiniteError, missed, mixed_calls, refuse_mixing
 from pullback.tape.fold import can_fold, folded
 from pullback.tape.graph import Reached, path_to, reach
 from pullback.tape.nest import mapped, tensors
@@ -28,10 +28,6 @@ from pullback.tape.plan import Names, Plan, assign, usable_calls
 from pullback.tape.recorder import Hook, Recorder
 from pullback.tape.structure import samples, structure
 from pullback.tape.term import LossUse, Term, gather
-
-
-class NotFiniteError(ArithmeticError):
-    """A loss that is not finite met a structure of calls that has not been checked yet."""
 
 
 class Tape:
@@ -195,7 +191,7 @@ class Tape:
 
     def _pull_back(self, use: LossUse, found: Reached, costate: Tensor) -> Term:
         start = time.perf_counter()
-        if use.upstream is not None and float(use.upstream.min()) < 0:
+        if use.upstream is not None and use.upstream.numel() and float(use.upstream.min()) < 0:
             raise MetricError("The loss enters the objective with a negative weight; minimise it instead.")
         N = samples(use, found)
         metric = self._metrics[id(use.criterion)]
