@@ -352,8 +352,8 @@ MUTATIONS = [
     Mutation("sqrt(m) missing", "metric.sampled:Sampled.factor", times(20_000**0.5), sketch),
     Mutation("weight from outside ignored", "tape.term:LossUse.upstream", instead(IGNORED), upstream),
     # solvers
-    Mutation("mu twice in the dual", "curvature.dual:factorise", shift_doubled, steps(solver="dual")),
-    Mutation("mu twice in the primal", "curvature.primal:factorise", shift_doubled, steps(solver="primal")),
+    Mutation("mu twice in the dual", "curvature.factored:factorise", shift_doubled, steps(solver="dual")),
+    Mutation("mu twice in the primal", "curvature.factored:factorise", shift_doubled, steps(solver="primal")),
     Mutation("remainder dropped", "curvature.linearisation:Linearisation.gradient", without_rest, steps(penalty=0.1)),
     Mutation("remainder not divided by mu", "curvature.dual:Dual.direction", rest_taken_at_mu_one,
              steps(penalty=0.1, solver="dual")),

@@ -274,8 +274,7 @@ def _play(draw: Draw) -> list[str]:
     with torch.no_grad():
         for p, old in zip(run.model.parameters(), saved, strict=True):
             if not torch.isfinite(p).all():
-                p.copy_(old)
-                run.undone = None
+                p.copy_(old)  # what the last step left, so that it may still be taken back
     for _ in range(draw.steps[1]):
         run.outcomes.append(run.step(healthy, False))
     return run.outcomes

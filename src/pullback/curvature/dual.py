@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block
-from pullback.curvature.cholesky import Factorised, factorise
-from pullback.curvature.solver import Solver
-from pullback.curvature.workspace import Workspace
+from pullback.curvature.factored import Factored
 
 
-class Dual(Solver):
+class Dual(Factored):
     r"""Factorises :math:`\mu I + K`, :math:`K = \sum_l U_l U_l^\top`, R x R.
 
     With :math:`w = (\mu I + K)^{-1} (e_0 - U h / \mu)` the direction is :math:`d = -U^\top w - h / \mu` and
@@ -22,11 +20,6 @@ class Dual(Solver):
     """
 
     name = "dual"
-
-    def __init__(self, blocks: Sequence[Block], workspace: Workspace | None = None, slot: int = 0) -> None:
-        super().__init__(blocks, workspace, slot)
-        self._matrix: Tensor | None = None
-        self._factor: Factorised | None = None
 
     @classmethod
     def flops(cls, blocks: Sequence[Block]) -> float:
@@ -38,44 +31,24 @@ class Dual(Solver):
         """The Gram, its shifted copy and the factor. See the base class."""
         return 3.0 * blocks[0].R ** 2
 
-    @property
-    def matrix(self) -> Tensor:
-        """K, formed at first use."""
-        if self._matrix is None:
-            like = torch.empty(0, dtype=self.dtype, device=self.blocks[0].params[0].device)
-            K = self.blocks[0].gram(self.workspace.square(("gram", self.slot), self.R, like))
-            for block in self.blocks[1:]:
-                K += block.gram(self.workspace.square("part", self.R, like))
-            self._matrix = K
-        return self._matrix
-
-    def trace(self) -> Tensor:
-        """See the base class."""
-        return self.matrix.diagonal().sum()
-
-    def sharpen(self) -> None:
-        """See the base class."""
-        if self.dtype == torch.float32:
-            super().sharpen()
-            self._matrix = None
-
-    def factorise(self, mu: float) -> None:
-        """See the base class."""
-        A = self.matrix
-        self._factor = factorise(A, mu, self.workspace.square(("factor", self.slot), A.shape[0], A))
-        self.outcome = self._factor.outcome
+    def form(self) -> Tensor:
+        """K. See the base class."""
+        like = torch.empty(0, dtype=self.dtype, device=self.blocks[0].params[0].device)
+        K = self.blocks[0].gram(self.workspace.square(("gram", self.slot), self.R, like))
+        for block in self.blocks[1:]:
+            K += block.gram(self.workspace.square("part", self.R, like))
+        return K
 
     def direction(
         self, e0: Tensor, g: Sequence[Tensor], rest: Sequence[Tensor] | None, mu: float
     ) -> tuple[list[Tensor], Tensor]:
         """See the base class."""
-        assert self._factor is not None
         dtype, out = self.matrix.dtype, e0.dtype
         rhs = e0 = e0.to(dtype)
         if rest is not None:
             rest = [h.to(dtype) for h in rest]
             rhs = e0 - self.matvec(rest) / mu
-        w = self._factor.solve(rhs)
+        w = self.solve(rhs)
         d = self.rmatvec(-w)
         if rest is not None:
             d = [part.sub_(h, alpha=1 / mu) for part, h in zip(d, rest, strict=True)]

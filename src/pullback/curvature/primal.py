@@ -8,21 +8,15 @@ import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block
-from pullback.curvature.cholesky import Factorised, factorise
-from pullback.curvature.solver import Solver, joined
-from pullback.curvature.workspace import Workspace
+from pullback.curvature.factored import Factored
+from pullback.curvature.solver import joined
 from pullback.tape.rules.base import CHUNK_NUMBERS
 
 
-class Primal(Solver):
+class Primal(Factored):
     r"""Factorises :math:`\mu I + U^\top U`, n x n; the direction is :math:`d = -(\mu I + U^\top U)^{-1} g`."""
 
     name = "primal"
-
-    def __init__(self, blocks: Sequence[Block], workspace: Workspace | None = None, slot: int = 0) -> None:
-        super().__init__(blocks, workspace, slot)
-        self._matrix: Tensor | None = None
-        self._factor: Factorised | None = None
 
     @classmethod
     def flops(cls, blocks: Sequence[Block]) -> float:
@@ -36,12 +30,9 @@ class Primal(Solver):
         """The matrix, its shifted copy and the factor. See the base class."""
         return 3.0 * sum(block.n for block in blocks) ** 2
 
-    @property
-    def matrix(self) -> Tensor:
-        """U^T U, formed at first use."""
-        if self._matrix is None:
-            self._matrix = self.blocks[0].primal() if len(self.blocks) == 1 else self._joint()
-        return self._matrix
+    def form(self) -> Tensor:
+        """U^T U. See the base class."""
+        return self.blocks[0].primal() if len(self.blocks) == 1 else self._joint()
 
     def _joint(self) -> Tensor:
         H: Tensor | None = None
@@ -65,28 +56,11 @@ class Primal(Solver):
             ]
             yield torch.cat(parts, 2).reshape(-1, self.n)
 
-    def trace(self) -> Tensor:
-        """See the base class."""
-        return self.matrix.diagonal().sum()
-
-    def sharpen(self) -> None:
-        """See the base class."""
-        if self.dtype == torch.float32:
-            super().sharpen()
-            self._matrix = None
-
-    def factorise(self, mu: float) -> None:
-        """See the base class."""
-        A = self.matrix
-        self._factor = factorise(A, mu, self.workspace.square(("factor", self.slot), A.shape[0], A))
-        self.outcome = self._factor.outcome
-
     def direction(
         self, e0: Tensor, g: Sequence[Tensor], rest: Sequence[Tensor] | None, mu: float
     ) -> tuple[list[Tensor], Tensor]:
         """See the base class."""
         del rest, mu
-        assert self._factor is not None
         dtype = self.matrix.dtype
-        d = self.split(-self._factor.solve(joined(g).to(dtype)))
+        d = self.split(-self.solve(joined(g).to(dtype)))
         return [part.to(e0.dtype) for part in d], self.matvec(d).to(e0.dtype)

@@ -32,6 +32,7 @@ from pullback.optim.record import Coverage, StepRecord
 from pullback.optim.scaling import Scaling
 from pullback.optim.search import Clock, Search
 from pullback.optim.system import System
+from pullback.optim.undo import take_back, untouched
 from pullback.tape import ClosureReplay, Tape, Term, as_loss, inputs_finite, replay, replayable
 
 
@@ -202,7 +203,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
         value = math.nan if before is None or not finite else float(before)
         state = self._control.copy()
         with torch.no_grad(), self._tape.recorder.paused():
-            if terms and inputs_finite(terms) and self._untouched() and self._control.overshot(value):
+            mine = terms and inputs_finite(terms) and untouched(self.param_groups, self._control)
+            if mine and self._control.overshot(value):
                 self._take_back(value)
                 return loss
             if not finite or (before is not None and not math.isfinite(value)):
@@ -319,32 +321,11 @@ class PullbackOptimizer(torch.optim.Optimizer):
 
     def _take_back(self, loss: float) -> None:
         """Undo the last step, which no trial had guarded, now that the next batch has judged it."""
-        taken = self._control.taken
-        assert taken is not None
         assert self.last is not None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in taken.before:
-                    p.copy_(taken.before[id(p)])
-                self.state[p].pop("step", None)
-        self._control.taken = None
-        self._control.fail()
-        self.last = dataclasses.replace(self.last, accepted=False, actual=taken.start - loss)
-
-    def _untouched(self) -> bool:
-        """Whether the weights are still what the last step left; a checkpoint loaded since is not ours to undo."""
-        taken = self._control.taken
-        if taken is None:
-            return False
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in taken.before:
-                    left = taken.before[id(p)] + taken.step[id(p)]
-                    if group["weight_decay"]:
-                        left *= 1 - group["lr"] * group["weight_decay"]
-                    if not torch.equal(p, left):
-                        return False
-        return True
+        start = take_back(self.param_groups, self._control)
+        for p in self.state:
+            self.state[p].pop("step", None)
+        self.last = dataclasses.replace(self.last, accepted=False, actual=start - loss)
 
     def _finish(self, params: Sequence[Tensor]) -> None:
         """What follows a step that was kept: decay, and memory for the momentum."""
@@ -368,7 +349,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def _largest(self, block: Block, diagonal: Tensor) -> Tensor:
         """The largest diagonal of U^T U seen so far, by parameter."""
         seen = [
-            torch.maximum(self.state[p]["mass"], own) if "mass" in self.state[p] else own
+            torch.maximum(self.state[p]["mass"], own) if "mass" in self.state.get(p, {}) else own
             for p, own in zip(block.params, block.unpack(diagonal), strict=True)
         ]
         # They become state once the step is through: an exception on the way must leave no trace.

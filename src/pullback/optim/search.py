@@ -98,7 +98,8 @@ class Search:
             accepted = finite and (actual is None or blind or actual >= 0)
             if accepted:
                 gain = None if blind or actual is None or predicted <= 0 else actual / predicted
-                kept = {} if self.trial is not None else dict(zip(map(id, trained), before, strict=True))
+                guarded = self.trial is not None or control.options.control == "fixed"
+                kept = {} if guarded else dict(zip(map(id, trained), before, strict=True))
                 control.taken = Taken(after, gain, slope, start, step, self.loss, kept)
                 break
             restore(trained, before)
