@@ -151,6 +151,9 @@ class Run:
             all(_equal(a, b) for a, b in zip(self.buffers, self.model.buffers(), strict=True)), "buffers have changed"
         )
         if error is not None:
+            fixed = self.draw.options["damping"].control == "fixed"
+            if not may_fail and fixed and isinstance(error, pullback.StepError) and self._weights_are(self.before):
+                return "diverged"  # a fixed damping takes every step, and says so when it has gone too far
             if not may_fail:
                 raise WrongError(f"a healthy step raised {type(error).__name__}: {error}") from error
             try:
