@@ -13,17 +13,6 @@ from oracle import assert_close, dense, linearise
 from pullback import Damping
 
 
-class Centred(nn.Module):
-    """The first layer's outputs are centred over the batch, so its rows cannot be told apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.b(x[:, :1] * 0 + torch.tanh(self.a(x)))
-
-
 class Body(nn.Module):
     def __init__(self):
         super().__init__()
