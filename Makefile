@@ -30,9 +30,11 @@ unit: $(VENV)/.dev
 	$(BIN)/python -m pytest --doctest-modules src
 	$(BIN)/python -m pytest -n 2
 
-# Not part of the tests: step time over its floor and over Adam's step; the figures are committed.
+# Not part of the tests: step time over its floor and over Adam's step, peak memory over the gradient's; the figures are
+# committed.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/memory.py
 
 # A stamp per set of extras: the environment is made anew when the project file or the pins change.
 $(VENV)/bin/python:

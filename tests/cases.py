@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from losses import LOSSES, Loss, loss_by_name
 from models import (
+    Across,
     Again,
     Branches,
     Feeds,
@@ -28,6 +29,7 @@ from models import (
     Tied,
     Twice,
     TwoInputs,
+    Woven,
 )
 from sequences import Attention, Bag, Cells, Encoder, Offsets, Recurrent
 
@@ -120,6 +122,8 @@ CASES = [
     Case("functional tie", FunctionalTie, inputs(3)),
     Case("bare parameters", Owner, inputs(3)),
     Case("branches", Branches, inputs(2), lambda n: {"side": torch.randn(n, 3, dtype=torch.float64)}),
+    Case("skip from glue", Across, inputs(3)),
+    Case("woven glue", Woven, inputs(3)),
     Case("linear on sequences", lambda: seq(nn.Linear(2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)),
          inputs(5, 2)),
     Case("folded time", Flat, inputs(3, 2)),
@@ -166,6 +170,9 @@ CASES = [
     Case("bag flat", lambda: Bag(flat=True, mode="mean"), tokens(4, 6)),
     Case("bag flat weights", lambda: Bag(flat=True, mode="sum", include_last_offset=True), tokens(4, 6), shares),
     Case("bag max", lambda: Bag(mode="max"), tokens(4, 6)),
+    Case("bag max padding", lambda: Bag(mode="max", padding_idx=1), tokens(4, 6)),
+    Case("bag max twice", lazy(lambda: Again(nn.EmbeddingBag(6, 3, mode="max"), lambda t: t, lambda t: t[:, :2]), 4),
+         tokens(4, 6)),
     Case("bag offsets", Offsets, ragged, folds=False),
     Case("bag twice", lazy(lambda: Again(nn.EmbeddingBag(6, 3), lambda t: t, lambda t: t[:, :2]), 4), tokens(4, 6)),
     Case("layer norm", lambda: seq(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)), inputs(3)),

@@ -99,6 +99,36 @@ class Branches(nn.Module):
         return self.out(torch.cat([torch.tanh(self.left(x)), torch.sigmoid(self.right(side))], 1))
 
 
+class Across(nn.Module):
+    """A skip that starts from a tensor which no module was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        return self.c(self.b(torch.sin(3 * y)) + y)
+
+
+class Woven(nn.Module):
+    """As before, and two of what is seen later reach the module between in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 4)
+        self.d = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        h = self.b(torch.sin(3 * y))
+        return self.d(self.c(torch.sin(h) * y) + y.square())
+
+
 class Positions(nn.Module):
     """Tokens, a table of positions called without a batch, a norm, attention by hand."""
 

@@ -232,11 +232,11 @@ def unmasked(true: Any) -> Any:
 
 def same_mass_back(true: Any) -> Any:
     def move(self: Any, *a: Any) -> Any:
-        scales, self._scales = self._scales, [None] * len(self._scales)
+        scales, self.scales = self.scales, [None] * len(self.scales)
         try:
             return true(self, *a)
         finally:
-            self._scales = scales
+            self.scales = scales
 
     return move
 
@@ -262,7 +262,7 @@ def rest_taken_at_mu_one(true: Any) -> Any:
 
 
 def with_mass(true: Any) -> Any:
-    return lambda self, Us, slope, mass: true(self, Us, slope, mass) - 0.5 * mass
+    return lambda e0, Us, slope, mass, exact, whole: true(e0, Us, slope, mass, exact, whole) - 0.5 * mass
 
 
 def first_call_only(true: Any) -> Any:
@@ -369,11 +369,11 @@ MUTATIONS = [
     # the step
     Mutation("step scale 1", "control.open_loop:Direction.scale", instead(lambda self: 1.0),
              steps(partition="layerwise")),
-    Mutation("momentum with the wrong sign", "optim.search:mix", previous_reversed,
+    Mutation("momentum with the wrong sign", "optim.attempt:mix", previous_reversed,
              steps(3, momentum=Momentum(), partition="layerwise")),
-    Mutation("spring without its decay", "optim.search:solve", lambda true: lambda s, g, mu, shift=None:
+    Mutation("spring without its decay", "optim.attempt:solve", lambda true: lambda s, g, mu, shift=None:
              true(s, g, mu, None), steps(3, momentum=Momentum(kind="spring", decay=0.7))),
-    Mutation("predicted decrease with the mu term", "optim.search:Search._predicted", with_mass, gain),
+    Mutation("predicted decrease with the mu term", "optim.attempt:decrease", with_mass, gain),
     Mutation("trial loss of another weight", "optim.base:replay", times(0.99), gain),
     Mutation("mu kept after a good step", "optim.damping:DampingControl._judge", instead(lambda *a: None), gain),
     Mutation("weights not put back", "optim.search:restore", instead(lambda *a: None), undone),

@@ -4,6 +4,7 @@ A metric of the outputs is pulled back through the modules, beside the gradient,
 space it came from. See the README for the loop and ``docs/`` for the mathematics.
 """
 
+from pullback.control import BellmanStage, bellman
 from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
 from pullback.metric import (
     Bernoulli,
@@ -16,17 +17,27 @@ from pullback.metric import (
     Poisson,
     Sampled,
 )
-from pullback.optim import Coverage, Damping, GaussNewton, LayerwiseMetric, Momentum, StepRecord
+from pullback.optim import (
+    Coverage,
+    Damping,
+    FeedbackGaussNewton,
+    GaussNewton,
+    LayerwiseMetric,
+    Momentum,
+    StepRecord,
+)
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "BellmanStage",
     "Bernoulli",
     "Categorical",
     "Coverage",
     "CoverageError",
     "Custom",
     "Damping",
+    "FeedbackGaussNewton",
     "GaussNewton",
     "Gaussian",
     "Huber",
@@ -42,4 +53,5 @@ __all__ = [
     "StepError",
     "StepRecord",
     "__version__",
+    "bellman",
 ]

@@ -75,6 +75,25 @@ def test_json_is_one_object_on_stdout_and_what_out_keeps(pullback: Pullback, own
     assert "kept" in result.stderr
 
 
+def test_targets_and_stop(pullback: Pullback, own: str) -> None:
+    arguments = ("compare", own, "--optimizers", "gauss-newton,sgd:lr=0.3", "--steps", "90", "--seeds", "2")
+    result = pullback(*arguments, "--target", "1e-2,1e-3", "--stop", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    for run in printed["runs"]:
+        assert run["loss"] <= 1e-3
+        assert run["steps"] == run["steps_to"]["0.001"] < 90
+        assert list(run["reached"]) == list(run["steps_to"]) == ["0.01", "0.001"]
+    ours, sgd = printed["summary"]
+    assert ours["trials"]["median"] >= 1
+    assert sgd["trials"] is None
+    assert sgd["reached"]["0.001"]["worst_steps"] == max(run["steps"] for run in printed["runs"][1::2])
+    text = pullback(*arguments, "--target", "1e-2,1e-3").stdout
+    assert "steps to 0.001" in text
+    assert "trials" in text
+    assert "worst" in text
+
+
 @pytest.mark.parametrize("optimizer", ["layerwise-metric", "gauss-newton:samples=1"])
 def test_train_with_coverage(pullback: Pullback, own: str, optimizer: str) -> None:
     result = pullback("train", own, "--optimizer", optimizer, "--steps", "5", "--coverage")
@@ -111,6 +130,8 @@ def test_seconds_and_the_default_budget(pullback: Pullback, own: str) -> None:
         (["train", "digits", "--optimizer", "adam,sgd"], "names 2 optimizers where one is wanted"),
         (["compare", "digits", "--steps", "3", "--epochs", "3"], "--steps and --epochs are both given"),
         (["compare", "digits", "--seconds", "0"], "a budget must be positive"),
+        (["compare", "digits", "--target", "1e-3,low"], "--target is '1e-3,low'; write training losses"),
+        (["compare", "digits", "--target", "true"], "--target is 'true'; write training losses"),
         (["train", "fashion-mnist"], "--data DIR or in PULLBACK_DATA"),
         (["train", "fashion-mnist", "--data", "nowhere"], "no data folder nowhere"),
         (["train", "nowhere/mine.py:f"], "there is no file nowhere/mine.py"),

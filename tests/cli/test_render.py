@@ -50,8 +50,19 @@ def test_the_table_fits_and_says_the_same_at_any_width(width: int) -> None:
     assert "the [bold]end" in " ".join(words)
 
 
+def test_medians_and_the_worst_of_steps_and_seconds() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(comparison(), console))
+    first, second = console.file.getvalue().splitlines()[3:5]  # type: ignore[attr-defined]
+    # 0.02 and 0.004 at step 100: both below 0.1, one below 0.01, so that the median run is never below.
+    assert "100, 100  0.5, 0.5 (2/2)" in " ".join(first.split()).replace(" 0.5,", "  0.5,")
+    assert "- (1/2)" in first
+    assert "0.02" in first
+    assert "- (0/2)" in second
+
+
 def test_columns_line_up() -> None:
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=200)
     console.print(render(comparison(), console))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     header, first, second = lines[2:5]

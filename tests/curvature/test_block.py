@@ -119,3 +119,14 @@ def test_cheaper_space_is_chosen():
     many = linearise(wide, nn.MSELoss(), [((torch.randn(3000, 40).double(),), {}, torch.randn_like)])
     assert solver_for(few.blocks[:1]).name == "dual"
     assert solver_for(many.blocks[1:]).name == "primal"
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("n", [6, 301])
+def test_half_a_gram_is_right_above_the_diagonal(n, r, biased):
+    x, s = torch.randn(n, 1, 8, dtype=torch.float64), torch.randn(r, n, 1, 40, dtype=torch.float64)
+    bias = nn.Parameter(torch.zeros(40)) if biased else None
+    rows = LinearRows(nn.Parameter(torch.zeros(40, 8)), bias, x, s)
+    K = rows.gram_into(x.new_zeros(rows.R, rows.R), half=True)
+    assert_close(K.triu(), rows.gram().triu())

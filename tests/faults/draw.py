@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pullback
 from cases import CASES, LOSSES, Case, Loss, inputs, seq
+from closed import CLOSED
 from pullback import Damping, Momentum, Sampled
 
 #: Seeds whose outcome is not as it should be for reasons outside this library, with the reason.
@@ -59,7 +60,7 @@ class Draw:
     seed: int
     case: Case
     loss: Loss
-    optimizer: type[pullback.LayerwiseMetric | pullback.GaussNewton]
+    optimizer: Callable[..., Any]
     options: dict[str, Any]
     dtype: torch.dtype
     n: int
@@ -92,10 +93,15 @@ class Draw:
         """One line."""
         way = "loop" if self.closure is None else f"closure(backward={self.closure})"
         return (
-            f"{self.fault} ({self.injury}); {self.optimizer.__name__} {self.options} on {self.case.name}, "
+            f"{self.fault} ({self.injury}); {named(self.optimizer)} {self.options} on {self.case.name}, "
             f"{self.loss.name}{' functional' if self.functional else ''}, {self.dtype}, n={self.n}, {way}, "
             f"fresh={self.fresh}, steps={self.steps}, frozen={self.frozen}"
         )
+
+
+def named(optimizer: Any) -> str:
+    """Name of an optimizer class, or of one with options."""
+    return next((name for name, closed in CLOSED.items() if closed is optimizer), getattr(optimizer, "__name__", ""))
 
 
 def draw(seed: int) -> Draw:
@@ -109,12 +115,18 @@ def draw(seed: int) -> Draw:
     if closure is False and injury.needs_backward:
         closure = True
     functional = closure is not None and loss.name == "mse" and r.random() < 0.5
+    optimizer = r.choice([pullback.LayerwiseMetric, pullback.GaussNewton, *CLOSED.values()])
+    if case.name == "batch norm in training" and optimizer in CLOSED.values():
+        optimizer = pullback.GaussNewton  # with feedback it is refused at the first loss
+    options = _options(r, case, functional, optimizer in CLOSED.values())
+    if optimizer is CLOSED["geodesic"]:
+        options.pop("partition", None)  # all modules move jointly
     return Draw(
         seed=seed,
         case=case,
         loss=loss,
-        optimizer=r.choice([pullback.LayerwiseMetric, pullback.GaussNewton]),
-        options=_options(r, case, functional),
+        optimizer=optimizer,
+        options=options,
         dtype=r.choice([torch.float32, torch.float64]),
         n=r.randint(3, 7),
         fresh=r.random() < 0.5,
@@ -133,13 +145,13 @@ def _pick(seed: int, rows: list[Any]) -> Any:
     return max(rows, key=lambda row: random.Random(f"{seed} {row.name}").random())
 
 
-def _options(r: random.Random, case: Case, functional: bool) -> dict[str, Any]:
+def _options(r: random.Random, case: Case, functional: bool, closed: bool) -> dict[str, Any]:
     inner = pullback.Gaussian() if functional else None
     control = r.choice(["gain", "gain", "slope", "fixed"])
     options: dict[str, Any] = {
         "partition": r.choice([None, "layerwise", "global", [["*"]]]),
-        "solver": r.choice(["dual", "primal", "cg", "auto"]),
-        "momentum": r.choice([None, None, Momentum(), Momentum(kind="spring", decay=0.7)]),
+        "solver": r.choice(["dual", "primal", "auto"] if closed else ["dual", "primal", "cg", "auto"]),
+        "momentum": r.choice([None, None, None if closed else Momentum(), Momentum(kind="spring", decay=0.7)]),
         "mass": r.choice(["identity", "identity", "module", "marquardt"]),
         "damping": Damping(control=control, initial=r.choice([0.1, 1.0, 10.0]), trials=r.choice([1, 3, 6])),
         "sweep": r.choice(["loop", "loop", "vmap", "auto"]),

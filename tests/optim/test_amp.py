@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import pullback
+from closed import CLOSED
 from pullback import Damping
 
 FIXED = Damping(control="fixed", initial=0.3)
+OPTS = {"global": pullback.GaussNewton, **CLOSED}
 
 
 def problem(kind="mlp"):
@@ -27,12 +29,12 @@ def weights(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def moved(kind, *, autocast=False, scale=None, clip=None, inside=True, **options):
+def moved(kind, Opt="global", *, autocast=False, scale=None, clip=None, inside=True, **options):
     model, criterion, x, y = problem(kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     if clip and scaler:
         options["grad_scaler"] = scaler
-    opt = pullback.GaussNewton(model, criterion, damping=FIXED, sweep="loop", **options)
+    opt = OPTS[Opt](model, criterion, damping=FIXED, sweep="loop", **options)
     before = weights(model)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         z = model(x)
@@ -58,26 +60,37 @@ def close(a, b, tolerance):
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast_is_the_full_step_to_the_precision_of_bf16(kind, inside):
-    full, _ = moved(kind)
-    half, opt = moved(kind, autocast=True, inside=inside)
+@pytest.mark.parametrize("Opt", ["global", "plain feedback"])
+def test_autocast_is_the_full_step_to_the_precision_of_bf16(Opt, kind, inside):
+    full, _ = moved(kind, Opt)
+    half, opt = moved(kind, Opt, autocast=True, inside=inside)
     close(half, full, 0.1)
     assert {p.dtype for p in opt.model.parameters()} == {torch.float32}
 
 
+def test_second_differences_are_not_taken_in_half_precision():
+    for Opt, note in (("feedback", "feedback"), ("geodesic", "plain")):
+        step, opt = moved("mlp", Opt, autocast=True)
+        plain, _ = moved("mlp", "global" if Opt == "geodesic" else "plain feedback", autocast=True)
+        assert opt.last.note == note
+        close(step, plain, 1e-6)
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("scale", [2.0**16, 3.0])
-def test_grad_scaler_is_taken_out_of_costates_and_factors(clip, scale):
-    plain, a = moved("mlp", clip=clip)
-    scaled, b = moved("mlp", clip=clip, scale=scale)
+@pytest.mark.parametrize("Opt", OPTS)
+def test_grad_scaler_is_taken_out_of_costates_and_factors(Opt, clip, scale):
+    plain, a = moved("mlp", Opt, clip=clip)
+    scaled, b = moved("mlp", Opt, clip=clip, scale=scale)
     close(scaled, plain, 1e-4)
     assert b.last.loss == pytest.approx(a.last.loss, rel=1e-5)
     assert b.last.mu == pytest.approx(a.last.mu, rel=1e-4)
 
 
-def test_autocast_and_scaler_train_with_gain_control():
+@pytest.mark.parametrize("Opt", [pullback.LayerwiseMetric, *CLOSED.values()])
+def test_autocast_and_scaler_train_with_gain_control(Opt):
     model, criterion, x, y = problem("mlp")
-    opt = pullback.LayerwiseMetric(model, criterion)
+    opt = Opt(model, criterion)
     scaler = torch.amp.GradScaler("cpu")
     for _ in range(25):
         opt.zero_grad()
@@ -88,6 +101,25 @@ def test_autocast_and_scaler_train_with_gain_control():
         scaler.update()
     assert loss.item() < 0.1
     assert opt.last.actual is not None
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("Opt", OPTS)
+def test_a_whole_loop_inside_an_autocast_region(Opt, closure):
+    model, criterion, x, y = problem("mlp")
+    opt = OPTS[Opt](model, criterion)
+    first = weights(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(15):
+            if closure:
+                loss = opt.step(lambda: criterion(model(x), y))
+                continue
+            opt.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            opt.step()
+    assert loss.item() < 0.1
+    assert not torch.equal(first, weights(model))
 
 
 def test_an_overflow_skips_the_step():

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import pullback
+from closed import CLOSED
 from pullback import Damping
 
-OPTS = [pullback.LayerwiseMetric, pullback.GaussNewton]
+OPTS = [pullback.LayerwiseMetric, pullback.GaussNewton, CLOSED["feedback"], CLOSED["geodesic"]]
 
 
 def problem():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import pullback
+from closed import CLOSED
 from oracle import assert_close
 from pullback import Damping
+
+OPTS = {"global": pullback.GaussNewton, **CLOSED}
 
 
 def problem():
@@ -46,9 +50,10 @@ def plain(backward):
     return make
 
 
-def test_closure_equals_the_loop_with_and_without_backward():
+@pytest.mark.parametrize("Opt", OPTS)
+def test_closure_equals_the_loop_with_and_without_backward(Opt):
     model, x, y = problem()
-    opt = pullback.GaussNewton(model, nn.MSELoss())
+    opt = OPTS[Opt](model, nn.MSELoss())
     expected = []
     for _ in range(6):
         opt.zero_grad()
@@ -57,35 +62,38 @@ def test_closure_equals_the_loop_with_and_without_backward():
         opt.step()
         expected.append(loss.item())
     for backward in (True, False):
-        losses, w, _ = run(plain(backward), lambda m: pullback.GaussNewton(m, nn.MSELoss()))
+        losses, w, _ = run(plain(backward), lambda m: OPTS[Opt](m, nn.MSELoss()))
         assert losses == pytest.approx(expected, rel=1e-12)
         assert_close(w, weights(model), 1e-9)
 
 
-def test_functional_loss_with_a_stated_metric():
+@pytest.mark.parametrize("Opt", OPTS)
+def test_functional_loss_with_a_stated_metric(Opt):
     def make(model, opt, x, y):
         return lambda: F.mse_loss(model(x), y)
 
     metric = pullback.Gaussian(scale=2 / 2)  # mse mean over N and d = 2: Hessian 2 / (N d) = scale / N
-    losses, w, opt = run(make, lambda m: pullback.GaussNewton(m, None, metric=metric))
-    expected, w2, _ = run(plain(True), lambda m: pullback.GaussNewton(m, nn.MSELoss()))
+    losses, w, opt = run(make, lambda m: OPTS[Opt](m, None, metric=metric))
+    expected, w2, _ = run(plain(True), lambda m: OPTS[Opt](m, nn.MSELoss()))
     assert losses == pytest.approx(expected, rel=1e-10)
     assert_close(w, w2, 1e-8)
     assert opt.last.gain is not None
 
 
-def test_penalty_terms_are_in_the_trial_loss():
+@pytest.mark.parametrize("Opt", [pullback.LayerwiseMetric, *CLOSED.values()])
+def test_penalty_terms_are_in_the_trial_loss(Opt):
     def make(model, opt, x, y):
         return lambda: opt.criterion(model(x), y) + 1e-2 * sum(p.square().sum() for p in model.parameters())
 
-    losses, _, opt = run(make, lambda m: pullback.LayerwiseMetric(m, nn.MSELoss()), steps=25)
+    losses, _, opt = run(make, lambda m: Opt(m, nn.MSELoss()), steps=25)
     assert losses[-1] < 0.9 * losses[0]
     assert all(b <= a for a, b in itertools.pairwise(losses))
     assert opt.last.actual is not None
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_trial_leaves_gradients_random_stream_and_buffers_alone(set_to_none):
+@pytest.mark.parametrize("Opt", [pullback.LayerwiseMetric, *CLOSED.values()])
+def test_trial_leaves_gradients_random_stream_and_buffers_alone(Opt, set_to_none):
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -98,7 +106,7 @@ def test_trial_leaves_gradients_random_stream_and_buffers_alone(set_to_none):
 
     model, criterion = Counts(), nn.MSELoss()
     x, y = torch.randn(20, 3), torch.randn(20, 2)
-    opt = pullback.LayerwiseMetric(model, criterion)
+    opt = Opt(model, criterion)
 
     def closure():
         opt.zero_grad(set_to_none=set_to_none)
@@ -118,11 +126,12 @@ def test_trial_leaves_gradients_random_stream_and_buffers_alone(set_to_none):
     assert float(model.calls) == 2  # one pass by hand, one recorded; the trial's is taken back
 
 
-def test_dropout_mask_of_the_trial_is_the_forward_s_own():
+@pytest.mark.parametrize("Opt", OPTS)
+def test_dropout_mask_of_the_trial_is_the_forward_s_own(Opt):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1)).double()
     criterion = nn.MSELoss()
-    opt = pullback.GaussNewton(model, criterion)
+    opt = OPTS[Opt](model, criterion)
     x, y = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
     for _ in range(3):
         opt.zero_grad()
@@ -178,12 +187,14 @@ def test_a_residual_of_derivatives_belongs_inside_the_model():
                 x = x if x.requires_grad else x.detach().requires_grad_()
                 return slope(self.net(x), x) - 1
 
-    inside = Residual()
     opt.close()
-    opt = pullback.GaussNewton(inside, None, metric=pullback.Gaussian(scale=2.0))
-    for _ in range(20):
-        loss = opt.step(lambda: inside(x).square().mean())
-    assert loss.item() < 1e-5
+    for Opt in OPTS.values():
+        inside = Residual()
+        inside.net = copy.deepcopy(model)
+        opt = Opt(inside, None, metric=pullback.Gaussian(scale=2.0))
+        for _ in range(20):
+            loss = opt.step(lambda: inside(x).square().mean())  # noqa: B023
+        assert loss.item() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import pullback
+from closed import CLOSED
+
+OPTS = {"layerwise": pullback.LayerwiseMetric, "global": pullback.GaussNewton, **CLOSED}
 
 
 def make(Opt=pullback.LayerwiseMetric, **options):
@@ -35,10 +38,11 @@ def train(model, criterion, opt, data):
     return losses
 
 
-@pytest.mark.parametrize("Opt", [pullback.LayerwiseMetric, pullback.GaussNewton])
+@pytest.mark.parametrize("Opt", OPTS)
 @pytest.mark.parametrize("metric", [None, "sampled"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_resume_is_bit_exact(Opt, metric, fresh):
+    Opt = OPTS[Opt]
     options = {"metric": pullback.Sampled(m=2)} if metric else {}
     data = batches(12) if fresh else batches(1) * 12
     model, criterion, opt = make(Opt, **options)
@@ -55,8 +59,9 @@ def test_resume_is_bit_exact(Opt, metric, fresh):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_it_is_a_torch_optimizer_with_schedulers():
-    model, criterion, opt = make()
+@pytest.mark.parametrize("Opt", OPTS)
+def test_it_is_a_torch_optimizer_with_schedulers(Opt):
+    model, criterion, opt = make(OPTS[Opt])
     assert isinstance(opt, torch.optim.Optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
     for x, y in batches(3):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pullback.problems import (
+    Arrival,
     Budget,
     Comparison,
     Evaluation,
@@ -108,7 +109,7 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
     result = compare(line, "sgd:lr=1e300,adam:betas=0.9/0.99", seeds=1, budget=Budget(steps=5)).to_json()
     text = json.dumps(result, allow_nan=False)
     assert json.loads(text) == result
-    assert set(result) == {"problem", "machine", "runs"}
+    assert set(result) == {"problem", "metric", "machine", "summary", "runs"}
     diverged, fine = result["runs"]
     assert set(fine) == {
         "optimizer",
@@ -118,11 +119,13 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
         "seconds",
         "cpu_seconds",
         "ms_per_step",
+        "trials_per_step",
         "loss",
         "best_loss",
         "test",
         "history",
         "reached",
+        "steps_to",
         "failure",
     }
     assert diverged["failure"].startswith("the training loss is")
@@ -130,7 +133,7 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
     assert diverged["best_loss"] == diverged["history"][0][2]
     assert fine["options"] == {"betas": [0.9, 0.99]}
     assert fine["reached"] == {"1": None, "1e-30": None}
-    assert [len(row) for row in fine["history"]] == [4] * 6
+    assert [len(row) for row in fine["history"]] == [5] * 6
 
 
 def run_of(label: str, seed: int, losses: list[float], failure: str | None = None) -> Run:
@@ -148,8 +151,16 @@ def test_summaries() -> None:
     ]
     a, b = summarise(runs)
     assert (a.label, a.runs, a.failed) == ("a", 3, 1)
-    assert a.loss == Quartiles(0.375, 0.5, 0.625, 2)
-    assert a.reached == {1.0: Quartiles(1.0, 1.0, 1.5, 3)}
-    assert a.ms_per_step == Quartiles(500.0, 500.0, 500.0, 2)
-    assert (b.loss, b.reached) == (Quartiles(2.0, 2.0, 2.0, 1), {1.0: None})
+    assert a.loss == Quartiles(0.375, 0.5, 0.625, 2, 0.75)
+    assert a.reached == {1.0: Arrival(3, 3, seconds=1.0, worst_seconds=2.0, steps=2.0, worst_steps=4.0)}
+    assert a.ms_per_step == Quartiles(500.0, 500.0, 500.0, 2, 500.0)
+    assert a.to_json()["reached"]["1"]["worst_steps"] == 4.0
+    assert b.loss == Quartiles(2.0, 2.0, 2.0, 1, 2.0)
+    assert b.reached == {1.0: Arrival(0, 1, None, None, None, None)}
     assert Quartiles.of([None, float("inf")]) is None
+
+
+def test_a_run_that_never_arrives_counts_as_the_last() -> None:
+    runs = [run_of("a", 0, [4.0, 1.0]), run_of("a", 1, [4.0, 2.0, 0.5]), run_of("a", 2, [4.0, 3.0])]
+    assert Arrival.of(runs, 1.0) == Arrival(2, 3, seconds=2.0, worst_seconds=None, steps=4.0, worst_steps=None)
+    assert Arrival.of(runs[:1] + runs[2:], 1.0) == Arrival(1, 2, None, None, None, None)

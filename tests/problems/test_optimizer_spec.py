@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pullback
-from pullback.problems import MissingExtraError, OptimizerSpec, SpecError, parse_optimizer, parse_optimizers
+from pullback.problems import (
+    MissingExtraError,
+    OptimizerSpec,
+    SpecError,
+    optimizers,
+    parse_optimizer,
+    parse_optimizers,
+)
 from pullback.problems.muon import MuonWithAdamW
 from pullback.problems.optimizers import optimizer_entries, optimizer_entry
 
@@ -83,7 +91,7 @@ def make(text: str, criterion: nn.Module | None = None) -> Any:
 @pytest.mark.parametrize("entry", list(optimizer_entries()), ids=lambda entry: entry.name)
 def test_every_optimizer_is_built_and_lists_its_options(entry: Any) -> None:
     assert make(entry.name) is not None
-    assert "lr" in entry.options()
+    assert ("lr" in entry.options()) != (entry.name == "least-squares")
     assert entry.summary
 
 
@@ -103,6 +111,45 @@ def test_our_options_become_objects() -> None:
     assert optimizer.damping == pullback.Damping(initial=0.5)
     assert optimizer.defaults["lr"] == 0.25
     assert isinstance(make("gauss-newton"), pullback.GaussNewton)
+
+
+@pytest.mark.parametrize("name", ["feedback", "gauss-newton:geodesic=true", "gauss-newton"])
+def test_what_is_not_chosen_of_the_damping_stays_the_default(name: str) -> None:
+    default = make(name)
+    changed = make(f"{name}{',' if ':' in name else ':'}arc=false")
+    assert changed.damping == dataclasses.replace(default.damping, arc=False)
+
+
+class Accelerated(pullback.GaussNewton):
+    """An optimizer with options of its own that hands the others on."""
+
+    def __init__(
+        self,
+        model: Any,
+        criterion: Any,
+        *,
+        geodesic: bool = False,
+        tails: str = "auto",
+        h: float | str = "auto",
+        **others: Any,
+    ) -> None:
+        super().__init__(model, criterion, **others)
+        self.chosen = (geodesic, tails, h)
+
+
+def test_words_and_truth_values_reach_a_class_that_hands_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = optimizers._our_entry("accelerated", Accelerated, "a fake")
+    monkeypatch.setitem(optimizers._ENTRIES, "accelerated", entry)
+    assert {"geodesic", "tails", "h", "lr", "solver", "sweep", "damping"} <= set(entry.options())
+    assert not {"self", "model", "criterion", "others"} & set(entry.options())
+    made = make("accelerated:geodesic=true,tails=dual,h=0.1,solver=primal,lr=0.5,damping=2")
+    assert made.chosen == (True, "dual", 0.1)
+    assert (made.solver, made.defaults["lr"], made.damping.initial) == ("primal", 0.5, 2.0)
+    assert make("accelerated:geodesic=false,h=auto").chosen == (False, "auto", "auto")
+    first, second = parse_optimizers("accelerated:geodesic=true,accelerated")
+    assert (first.label, second.label) == ("accelerated:geodesic=true", "accelerated")
+    with pytest.raises(SpecError, match="geodesic of accelerated must be true or false, not 'yes'"):
+        parse_optimizers("accelerated:geodesic=yes")
 
 
 @pytest.mark.parametrize("text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1"])

@@ -56,9 +56,10 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_embedded_problems_are_listed() -> None:
     names = [entry.name for entry in entries()]
     assert {"digits", "wine", "breast-cancer", "diabetes", "fashion-mnist", "fashion-mnist-cnn"} <= set(names)
+    assert {"function-2d", "sinc", "residual", "rates", "uci", "digits-regression"} <= set(names)
     assert names == sorted(names)
     assert all(entry.summary and "\n" not in entry.summary for entry in entries())
-    assert {entry.name for entry in entries() if entry.needs_data} == {"fashion-mnist", "fashion-mnist-cnn"}
+    assert {entry.name for entry in entries() if entry.needs_data} == {"fashion-mnist", "fashion-mnist-cnn", "uci"}
     assert all("data" not in entry.parameters for entry in entries())
 
 

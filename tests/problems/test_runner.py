@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pullback.problems import Budget, InterruptedRun, Problem, Progress, SpecError, compare, run, runner
+from pullback.problems import Budget, InterruptedRun, Problem, Progress, SpecError, clock, compare, evaluator, run
 from pullback.problems.errors import one_line
 from pullback.problems.machine import machine, measuring
 from pullback.problems.runner import batches
@@ -146,7 +146,7 @@ class FakeTime:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         fake = types.SimpleNamespace(perf_counter=lambda: self.now, process_time=lambda: 2 * self.now)
-        monkeypatch.setattr(runner, "time", fake)
+        monkeypatch.setattr(clock, "time", fake)
 
 
 def slow(line: Problem, clock: FakeTime) -> Problem:
@@ -236,7 +236,7 @@ def test_evaluations_are_in_eval_mode_and_disturb_nothing(line: Problem) -> None
 
 def test_large_data_is_evaluated_in_pieces(line: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(line, "sgd:lr=0.1", budget=Budget(steps=2))
-    monkeypatch.setattr(runner, "_CHUNK", 5)
+    monkeypatch.setattr(evaluator, "_CHUNK", 5)
     pieces = run(line, "sgd:lr=0.1", budget=Budget(steps=2))
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-12)
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from pullback.problems import MissingExtraError, load_problem
+from pullback.problems import Budget, MissingExtraError, load_problem, run
 
 SHAPES = [("digits", 64, 10), ("wine", 13, 3), ("breast-cancer", 30, 2), ("diabetes", 10, 1)]
 
@@ -54,6 +54,20 @@ def test_classes_are_stratified() -> None:
     assert (shares[0] - shares[1]).abs().max() < 0.005
     assert problem.train[0].min() == 0.0
     assert problem.train[0].max() == 1.0
+
+
+def test_digits_as_regression() -> None:
+    problem, classes = load_problem("digits-regression:width=32"), load_problem("digits:width=32")
+    assert problem.test is not None
+    assert problem.train[1].shape == (1437, 10)
+    assert torch.equal(problem.train[1].argmax(1), classes.train[1])
+    assert torch.equal(problem.train[1].sum(1), torch.ones(1437))
+    assert problem.metric_name == "accuracy"
+    assert problem.score(problem.test[1], problem.test[1]) == 1.0
+    assert problem.score(-problem.test[1], problem.test[1]) < 0.2
+    assert load_problem("digits-regression:dtype=float64").train[1].dtype == torch.float64
+    result = run(problem, "gauss-newton:samples=2", budget=Budget(steps=3))
+    assert result.failure is None
 
 
 def test_options() -> None:

@@ -12,6 +12,7 @@ from pullback.curvature import Linearisation
 from pullback.metric import resolve
 from pullback.tape import Tape
 from pullback.tape.rules import linear
+from sequences import Offsets
 
 
 def run(model, x, y=None, opt=pullback.LayerwiseMetric, criterion=None):
@@ -167,3 +168,19 @@ def test_a_parameter_from_outside_the_call_is_asked_of_the_whole_model():
     opt = run(Borrow(), torch.randn(4, 3))
     assert opt.coverage["spare.weight"].status == "exact"
     assert opt.coverage["spare.bias"].status == "unused"
+
+
+@pytest.mark.parametrize(
+    ("words", "offsets", "match"),
+    [([1, 2, 3, 3, 0], [0, 2, 4], "No call was seen that gives parameter 'words.weight'"),
+     ([1, 2, 3], [0, 1, 2], "EmbeddingBag cannot be differentiated one sample at a time")],
+)  # fmt: skip
+def test_bags_of_maxima_with_offsets_are_refused(words, offsets, match):
+    """Tables of words are exact (tests/cases.py); words in a row, with offsets, cannot be taken sample by sample."""
+    model = Offsets()
+    model.words.mode = "max"
+    criterion = nn.MSELoss()
+    o = pullback.GaussNewton(model, criterion)
+    with pytest.raises(pullback.CoverageError, match=match):
+        criterion(model(torch.tensor(words), torch.tensor(offsets)), torch.zeros(3, 2)).backward()
+    o.close()

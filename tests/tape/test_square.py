@@ -1,4 +1,4 @@
-"""U U^T from its lower blocks."""
+"""U U^T from its upper blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from pullback.tape.rules.square import square
 @pytest.mark.parametrize("worth", [0, 1 << 40])
 def test_blocks_make_the_whole(monkeypatch, m, pieces, worth):
     monkeypatch.setattr(module, "_WORTH", worth)
+    monkeypatch.setattr(module, "_WORTH_COPYING", worth)
     parts = [torch.randn(m, k, dtype=torch.float64) for k in pieces]
     V = torch.cat(parts, 1)
     K = square(iter(parts))
     assert_close(K, V @ V.T)
+    assert_close(square(iter(parts), half=True).triu(), (V @ V.T).triu())
     assert_close(square([V.T]), V.T @ V)

@@ -13,6 +13,7 @@ EXAMPLES = options.examples(
     "pullback compare digits",
     "pullback compare digits --optimizers adam:lr=3e-3,muon:lr=0.02 --out race",
     "pullback compare wine --optimizers gauss-newton:damping=0.1,lr=0.5,lbfgs",
+    "pullback compare function-2d:depth=9 --steps 100 --target 1e-6,1e-10",
     "pullback compare fashion-mnist:rows=2000 --data DIR --seconds 20 --seeds 5",
 )
 
@@ -30,6 +31,8 @@ def compare(
     seconds: options.SecondsOption = None,
     steps: options.StepsOption = None,
     epochs: options.EpochsOption = None,
+    target: options.TargetOption = None,
+    stop: options.StopOption = False,
     seeds: options.SeedsOption = 3,
     threads: options.ThreadsOption = 1,
     data: options.DataOption = None,
@@ -41,13 +44,15 @@ def compare(
     Give at most one of --seconds, --steps and --epochs. Ctrl-C keeps what was reached.
     """
     with exit_codes():
-        from pullback.cli.race import finish, make_budget, race
+        from pullback.cli.race import finish, make_budget, parse_targets, race
         from pullback.problems import parse_optimizers
 
         result = race(
             problem,
             parse_optimizers(optimizers),
             budget=make_budget(seconds, steps, epochs),
+            targets=parse_targets(target),
+            stop=stop,
             seeds=seeds,
             threads=threads,
             data=data,

@@ -37,6 +37,16 @@ StepsOption: TypeAlias = Annotated[int | None, typer.Option(help="Train each run
 EpochsOption: TypeAlias = Annotated[
     int | None, typer.Option(help="Train each run this many passes over the data.", metavar="E")
 ]
+TargetOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Training losses to report steps and seconds to, separated by commas; else the problem's own.",
+        metavar="L,...",
+    ),
+]
+StopOption: TypeAlias = Annotated[
+    bool, typer.Option("--stop", help="End each run once it has reached the lowest target.")
+]
 SeedsOption: TypeAlias = Annotated[
     int, typer.Option(help="How many seeds: initial models and batch orders.", metavar="N", min=1)
 ]

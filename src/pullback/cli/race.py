@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -22,6 +23,7 @@ from pullback.problems import (
     compare,
     load_problem,
 )
+from pullback.problems.options import parse_value
 
 
 def make_budget(seconds: float | None, steps: int | None, epochs: int | None) -> Budget | None:
@@ -45,11 +47,34 @@ def make_budget(seconds: float | None, steps: int | None, epochs: int | None) ->
     return Budget(seconds=seconds, steps=steps, epochs=epochs) if given else None
 
 
+def parse_targets(text: str | None) -> tuple[float, ...] | None:
+    """Reads the training losses of ``--target``.
+
+    Args:
+        text: Numbers separated by commas, or None.
+
+    Returns:
+        The losses, each once, in the order written; None if nothing is stated.
+
+    Raises:
+        SpecError: If one is not a finite number.
+    """
+    if text is None:
+        return None
+    levels = [parse_value(part) for part in text.split(",")]
+    numbers = [float(level) for level in levels if isinstance(level, int | float) and not isinstance(level, bool)]
+    if len(numbers) < len(levels):
+        raise SpecError(f"--target is {text!r}; write training losses separated by commas, such as 1e-6,1e-10.")
+    return tuple(dict.fromkeys(numbers))
+
+
 def race(
     problem: str,
     specs: Sequence[OptimizerSpec],
     *,
     budget: Budget | None,
+    targets: tuple[float, ...] | None = None,
+    stop: bool = False,
     seeds: int,
     threads: int,
     data: Path | None,
@@ -62,6 +87,8 @@ def race(
         problem: What the command line calls the problem.
         specs: The optimizers.
         budget: When each run stops; the problem's default if None.
+        targets: Training losses whose time of arrival is reported; the problem's own if None.
+        stop: Whether a run ends once it has reached the lowest of them.
         seeds: How many seeds.
         threads: Threads that torch may use.
         data: The data folder.
@@ -80,17 +107,22 @@ def race(
         _prepare(out)
     with console.status("loading"):
         loaded = load_problem(problem, data)
-    stop: InterruptedComparison | None = None
+    if targets is not None:
+        loaded = replace(loaded, targets=targets)
+    if stop and not loaded.targets:
+        raise SpecError(f"--stop needs a target, and {loaded.name} has none; give one with --target.")
+    until = min(loaded.targets) if stop else None
+    interruption: InterruptedComparison | None = None
     with RunsBar(console, len(specs) * seeds) as bar:
         try:
-            result = compare(loaded, specs, seeds=seeds, budget=budget, threads=threads, progress=bar)
+            result = compare(loaded, specs, seeds=seeds, budget=budget, until=until, threads=threads, progress=bar)
         except InterruptedComparison as interrupted:
-            stop, result = interrupted, interrupted.comparison
+            interruption, result = interrupted, interrupted.comparison
     _show(result, as_json)
     if out is not None:
         _keep(result, out)
-    if stop is not None:
-        raise stop
+    if interruption is not None:
+        raise interruption
     return result
 
 

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pullback.problems import Comparison, Quartiles, Summary, summarise
+from pullback.problems import Arrival, Comparison, Quartiles, Summary, summarise
 
 _Column = tuple[str, Callable[[Summary], str]]
 _Name = Callable[[str], str]
@@ -16,7 +16,7 @@ _NOTHING = "-"
 
 
 def render(result: Comparison, console: Console) -> RenderableType:
-    """Makes the table of a comparison: one row per optimizer, medians and quartiles over its seeds.
+    """Makes the table of a comparison: one row per optimizer, medians and quartiles or the worst over its seeds.
 
     On a console too narrow for it there are two tables, if need be with options below each other,
     and in the end one short list per optimizer.
@@ -82,11 +82,15 @@ def _loss(summary: Summary) -> str:
 
 def _outcome(summaries: Sequence[Summary], metric: str) -> list[_Column]:
     columns: list[_Column] = [("train\nloss", _loss)]
+    if any(summary.loss is not None and summary.loss.count > 1 for summary in summaries):
+        columns.append(("worst\nloss", lambda summary: number(summary.loss.worst if summary.loss else None)))
     if any(summary.test is not None for summary in summaries):
         columns.append((f"test\n{metric}", lambda summary: _median(summary.test)))
+    columns.append(("steps", lambda summary: _NOTHING if summary.steps is None else f"{summary.steps.median:.0f}"))
+    if any(summary.trials is not None for summary in summaries):
+        columns.append(("trials\n/step", lambda summary: _median(summary.trials)))
     return [
         *columns,
-        ("steps", lambda summary: _NOTHING if summary.steps is None else f"{summary.steps.median:.0f}"),
         ("ms/step", lambda summary: _median(summary.ms_per_step)),
         ("seconds", lambda summary: _median(summary.seconds)),
     ]
@@ -94,15 +98,38 @@ def _outcome(summaries: Sequence[Summary], metric: str) -> list[_Column]:
 
 def _times(summaries: Sequence[Summary]) -> list[_Column]:
     levels = dict.fromkeys(level for summary in summaries for level in summary.reached)
-    return [(f"s to\n{level:g}", _reached(level)) for level in levels]
+    several = any(summary.runs > 1 for summary in summaries)
+    first, second = (" ", "\nmedian, worst") if several else ("\n", "")
+    columns: list[_Column] = []
+    for level in levels:
+        columns += [
+            (f"steps to{first}{level:g}{second}", _steps_to(level)),
+            (f"s to{first}{level:g}{second}", _seconds_to(level)),
+        ]
+    return columns
 
 
-def _reached(level: float) -> Callable[[Summary], str]:
+def _steps_to(level: float) -> Callable[[Summary], str]:
     def text(summary: Summary) -> str:
-        found = summary.reached.get(level)
-        return f"{_median(found)} ({found.count if found else 0}/{summary.runs})"
+        found = summary.reached[level]
+        return _typical(found, found.steps, found.worst_steps, lambda steps: f"{steps:.0f}")
 
     return text
+
+
+def _seconds_to(level: float) -> Callable[[Summary], str]:
+    def text(summary: Summary) -> str:
+        found = summary.reached[level]
+        return f"{_typical(found, found.seconds, found.worst_seconds, number)} ({found.count}/{found.runs})"
+
+    return text
+
+
+def _typical(found: Arrival, median: float | None, worst: float | None, write: Callable[[float], str]) -> str:
+    """The median and, of several runs, the worst."""
+    if median is None:
+        return _NOTHING
+    return write(median) if found.runs == 1 else f"{write(median)}, {_NOTHING if worst is None else write(worst)}"
 
 
 def _folded(label: str) -> str:
@@ -135,7 +162,7 @@ def _table(summaries: Sequence[Summary], columns: Sequence[_Column], name: _Name
 
 def _list(summary: Summary, columns: Sequence[_Column]) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim")
     grid.add_column()
     for title, cell in columns:
         grid.add_row(Text(f"  {title}".replace("\n", " ")), Text(cell(summary)))

@@ -27,6 +27,8 @@ def train(
     seconds: options.SecondsOption = None,
     steps: options.StepsOption = None,
     epochs: options.EpochsOption = None,
+    target: options.TargetOption = None,
+    stop: options.StopOption = False,
     seeds: options.SeedsOption = 1,
     threads: options.ThreadsOption = 1,
     data: options.DataOption = None,
@@ -41,13 +43,15 @@ def train(
     Give at most one of --seconds, --steps and --epochs. Ctrl-C keeps what was reached.
     """
     with exit_codes():
-        from pullback.cli.race import finish, make_budget, race
+        from pullback.cli.race import finish, make_budget, parse_targets, race
         from pullback.problems import parse_optimizer
 
         result = race(
             problem,
             [parse_optimizer(optimizer)],
             budget=make_budget(seconds, steps, epochs),
+            targets=parse_targets(target),
+            stop=stop,
             seeds=seeds,
             threads=threads,
             data=data,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pullback.curvature import Gradient, Solver
+from pullback.curvature import Gradient, Solver, scalars
 
 
 @dataclass
@@ -56,7 +56,7 @@ def solve(
     """
     parts: list[list[Tensor]] = []
     Ud: Tensor | None = None
-    scalars: list[Tensor] = []
+    products: list[Tensor] = []
     for k, (solver, own) in enumerate(zip(solvers, gradient, strict=True)):
         solver.factorise(mu)
         if shift is None:
@@ -71,10 +71,10 @@ def solve(
         parts.append(d)
         Ud = moved if Ud is None else Ud + moved
         for a, b in zip(own.g, d, strict=True):
-            scalars += [a @ b, b @ b]
+            products += [a @ b, b @ b]
     assert Ud is not None
-    slope, norm2 = torch.stack(scalars).double().view(-1, 2).sum(0).tolist()
-    return Direction(parts, Ud, slope, norm2, mu)
+    numbers = scalars(products)
+    return Direction(parts, Ud, sum(numbers[::2]), sum(numbers[1::2]), mu)
 
 
 def mix(

@@ -2,15 +2,18 @@
 
 from pullback.curvature.block import Block, blocks_of
 from pullback.curvature.cholesky import Factorised, factorise
-from pullback.curvature.choose import SOLVERS, Space, memory_budget, solver_for
+from pullback.curvature.choose import SOLVERS, Space, solver_for
 from pullback.curvature.dual import Dual
 from pullback.curvature.free import MatrixFree
 from pullback.curvature.linearisation import Gradient, Linearisation
 from pullback.curvature.mass import Mass, check_mass, scales_of, weigh
 from pullback.curvature.partition import Partition, check_partition, divide
 from pullback.curvature.primal import Primal
+from pullback.curvature.scalars import scalars
 from pullback.curvature.solver import Solver
+from pullback.curvature.tails import Tails
 from pullback.curvature.workspace import Workspace
+from pullback.tape.memory import memory_budget
 
 __all__ = [
     "SOLVERS",
@@ -25,6 +28,7 @@ __all__ = [
     "Primal",
     "Solver",
     "Space",
+    "Tails",
     "Workspace",
     "blocks_of",
     "check_mass",
@@ -32,6 +36,7 @@ __all__ = [
     "divide",
     "factorise",
     "memory_budget",
+    "scalars",
     "scales_of",
     "solver_for",
     "weigh",

@@ -36,14 +36,15 @@ class Block:
         """How the rows are made."""
         return next(iter(self.rows.values())).rule
 
-    def gram(self, out: Tensor | None = None) -> Tensor:
+    def gram(self, out: Tensor | None = None, half: bool = False) -> Tensor:
         """K = U U^T, shape (R, R).
 
         Args:
             out: memory it may be written to; a fresh tensor without.
+            half: whether nobody reads below the diagonal, so that nothing need be written there.
         """
         if len(self.sizes) == 1:
-            return self.rows[0].gram() if out is None else self.rows[0].gram_into(out)
+            return self.rows[0].gram() if out is None else self.rows[0].gram_into(out, half)
         first = next(iter(self.rows.values()))
         K = _like(first).new_zeros(self.R, self.R)
         cut = self._offsets()
@@ -124,8 +125,10 @@ class Block:
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """Views of a packed vector in the parameters' shapes."""
+        if len(self.params) == 1:
+            return [vector.view_as(self.params[0])]
         pieces = vector.split([p.numel() for p in self.params])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+        return [piece.view_as(p) for piece, p in zip(pieces, self.params, strict=True)]
 
     def to(self, dtype: torch.dtype) -> Block:
         """The same block in another precision."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,18 +12,11 @@ from pullback.curvature.primal import Primal
 from pullback.curvature.solver import Solver
 from pullback.curvature.workspace import Workspace
 from pullback.errors import StepError
+from pullback.tape.memory import memory_budget, shown
 
 Space = Literal["auto", "dual", "primal", "cg"]
 
 SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (Dual, Primal, MatrixFree)}
-
-
-def memory_budget() -> float:
-    """Bytes the matrices of a group may take by default: half of what the machine has."""
-    try:
-        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a POSIX machine
-        return 4e9
 
 
 def solver_for(
@@ -50,23 +42,23 @@ def solver_for(
         StepError: before anything is allocated, if the solver asked for does not fit.
     """
     budget = memory_budget() if budget is None else budget
-    # Eight bytes a number: the solve may have to go to float64.
-    need = {name: 8.0 * kind.numbers(blocks) for name, kind in SOLVERS.items()}
     if space != "auto":
-        if need[space] > budget:
-            raise StepError(_too_large(blocks, space, need[space], budget))
+        need = SOLVERS[space].bytes(blocks)
+        if need > budget:
+            raise StepError(_too_large(blocks, space, need, budget))
         return SOLVERS[space](blocks, workspace, slot)
-    fits = [name for name in ("dual", "primal") if need[name] <= budget]
+    fits: list[type[Solver]] = [kind for kind in (Dual, Primal) if kind.bytes(blocks) <= budget]
     if not fits:
         return MatrixFree(blocks, workspace, slot)
-    cheapest = fits[0] if len(fits) == 1 else min(fits, key=lambda name: SOLVERS[name].flops(blocks))
-    return SOLVERS[cheapest](blocks, workspace, slot)
+    cheapest = fits[0] if len(fits) == 1 else min(fits, key=lambda kind: kind.flops(blocks))
+    return cheapest(blocks, workspace, slot)
 
 
 def _too_large(blocks: Sequence[Block], space: str, need: float, budget: float) -> str:
     size = blocks[0].R if space == "dual" else sum(block.n for block in blocks)
     names = ", ".join(block.name for block in blocks[:3]) + (", ..." if len(blocks) > 3 else "")
     return (
-        f"solver='{space}' for {names} needs {need / 1e9:.1f} GB ({size} x {size}), over the {budget / 1e9:.1f} GB "
-        "allowed; use solver='auto', metric=Sampled(m=1), a smaller batch or partition='layerwise', or raise memory=."
+        f"solver='{space}' for {names} needs {shown(need)} ({size} x {size}), over the {shown(max(0.0, budget))} "
+        "left for it; use solver='auto', metric=Sampled(m=1), a smaller batch or partition='layerwise', or raise "
+        "memory=."
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pullback.curvature.block import Block
 from pullback.curvature.factored import Factored
+from pullback.curvature.scalars import cast
 
 
 class Dual(Factored):
@@ -28,15 +29,15 @@ class Dual(Factored):
 
     @classmethod
     def numbers(cls, blocks: Sequence[Block]) -> float:
-        """The Gram, its shifted copy and the factor. See the base class."""
-        return 3.0 * blocks[0].R ** 2
+        """The Gram, the factor, what the factorisation copies, and one block's share. See the base class."""
+        return (3.0 + (len(blocks) > 1)) * blocks[0].R ** 2
 
     def form(self) -> Tensor:
-        """K. See the base class."""
+        """K on and above the diagonal. See the base class."""
         like = torch.empty(0, dtype=self.dtype, device=self.blocks[0].params[0].device)
-        K = self.blocks[0].gram(self.workspace.square(("gram", self.slot), self.R, like))
+        K = self.blocks[0].gram(self.workspace.square(("gram", self.slot), self.R, like), half=True)
         for block in self.blocks[1:]:
-            K += block.gram(self.workspace.square("part", self.R, like))
+            K += block.gram(self.workspace.square("part", self.R, like), half=True)
         return K
 
     def direction(
@@ -44,12 +45,12 @@ class Dual(Factored):
     ) -> tuple[list[Tensor], Tensor]:
         """See the base class."""
         dtype, out = self.matrix.dtype, e0.dtype
-        rhs = e0 = e0.to(dtype)
+        rhs = e0 = cast(e0, dtype)
         if rest is not None:
-            rest = [h.to(dtype) for h in rest]
-            rhs = e0 - self.matvec(rest) / mu
+            rest = [cast(h, dtype) for h in rest]
+            rhs = torch.sub(e0, self.matvec(rest), alpha=1 / mu)
         w = self.solve(rhs)
         d = self.rmatvec(-w)
         if rest is not None:
             d = [part.sub_(h, alpha=1 / mu) for part, h in zip(d, rest, strict=True)]
-        return [part.to(out) for part in d], (mu * w - e0).to(out)
+        return [cast(part, out) for part in d], cast(mu * w - e0, out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block
-from pullback.curvature.cholesky import Factorised, factorise
+from pullback.curvature.cholesky import Factorised, border_of, factorise
 from pullback.curvature.solver import Solver
 from pullback.curvature.workspace import Workspace
 
@@ -24,7 +24,7 @@ class Factored(Solver):
 
     @abstractmethod
     def form(self) -> Tensor:
-        """The matrix, from the blocks."""
+        """The matrix, from the blocks; nobody reads it below the diagonal."""
 
     @property
     def matrix(self) -> Tensor:
@@ -46,7 +46,9 @@ class Factored(Solver):
     def factorise(self, mu: float) -> None:
         """See the base class."""
         A = self.matrix
-        self._factor = factorise(A, mu, self.workspace.square(("factor", self.slot), A.shape[0], A))
+        n = A.shape[0]
+        memory = self.workspace.square(("factor", self.slot), n, A, border_of(n, A.device))
+        self._factor = factorise(A, mu, memory)
         self.outcome = self._factor.outcome
 
     def solve(self, b: Tensor) -> Tensor:

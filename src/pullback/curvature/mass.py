@@ -40,9 +40,9 @@ class ScaledRows(Rows):
         flat = self.dense().reshape(-1, self.n)
         return flat @ flat.T
 
-    def gram_into(self, out: Tensor) -> Tensor:
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
         """See the base class."""
-        return self.gram() if isinstance(self.scale, Tensor) else self.inner.gram_into(out).mul_(self.scale**2)
+        return self.gram() if isinstance(self.scale, Tensor) else self.inner.gram_into(out, half).mul_(self.scale**2)
 
     def matvec(self, delta: Tensor) -> Tensor:
         """See the base class."""

@@ -27,7 +27,7 @@ class Primal(Factored):
 
     @classmethod
     def numbers(cls, blocks: Sequence[Block]) -> float:
-        """The matrix, its shifted copy and the factor. See the base class."""
+        """The matrix, the factor, and what the factorisation copies. See the base class."""
         return 3.0 * sum(block.n for block in blocks) ** 2
 
     def form(self) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block
+from pullback.curvature.scalars import cast
 from pullback.curvature.workspace import Workspace
+from pullback.tape.memory import width
 
 
 class Solver(ABC):
@@ -49,6 +51,11 @@ class Solver(ABC):
     def numbers(cls, blocks: Sequence[Block]) -> float:
         """Numbers held at the same time at the most."""
 
+    @classmethod
+    def bytes(cls, blocks: Sequence[Block]) -> float:
+        """Bytes to allow for: a solve in float32 may have to go on in float64."""
+        return width(blocks[0].params[0].dtype) * cls.numbers(blocks)
+
     @abstractmethod
     def trace(self) -> Tensor:
         """Trace of U^T U."""
@@ -85,7 +92,7 @@ class Solver(ABC):
 
     def matvec(self, delta: Sequence[Tensor]) -> Tensor:
         """U delta, from packed vectors of the blocks to (R,)."""
-        delta = [part.to(self.dtype) for part in delta]
+        delta = [cast(part, self.dtype) for part in delta]
         out = self.blocks[0].matvec(delta[0])
         for block, part in zip(self.blocks[1:], delta[1:], strict=True):
             out = out + block.matvec(part)
@@ -93,7 +100,7 @@ class Solver(ABC):
 
     def rmatvec(self, v: Tensor) -> list[Tensor]:
         """U^T v, from (R,) to packed vectors of the blocks."""
-        v = v.to(self.dtype)
+        v = cast(v, self.dtype)
         return [block.rmatvec(v) for block in self.blocks]
 
     def split(self, joint: Tensor) -> list[Tensor]:

@@ -80,6 +80,19 @@ class OutputMetric(ABC):
             finds it as the part of the gradient that ``U^T e_0`` does not explain.
         """
 
+    def columns(self, z: Tensor, samples: int) -> int:
+        """Columns of :meth:`factor`, so that what it will take can be said before it is taken.
+
+        Args:
+            z: prediction, shape ``(N * P, *out)``.
+            samples: number N of independent samples.
+
+        Returns:
+            Their number r or a lower bound; the default, 0, says nothing.
+        """
+        del z, samples
+        return 0
+
     def draw(self, z: Tensor, weight: Tensor, generator: torch.Generator, target: Tensor | None = None) -> Tensor:
         """One zero-mean cotangent whose covariance is the weighted metric, shape of ``z``.
 
@@ -122,6 +135,10 @@ class ElementwiseMetric(OutputMetric):
     def cells(self, z: Tensor) -> tuple[int, ...]:
         """Every number of the prediction is a cell."""
         return tuple(z.shape)
+
+    def columns(self, z: Tensor, samples: int) -> int:
+        """One per number. See the base class."""
+        return z.numel() // samples
 
     def root(self, z: Tensor, weight: Tensor, target: Tensor | None = None) -> Tensor:
         """Square root of the weighted diagonal, shape of ``z``."""

@@ -59,6 +59,10 @@ class LossHessian(OutputMetric):
         reduced = isinstance(self.loss, nn.Module) or self.reduction == "sum"
         return z.new_tensor(self.scale if reduced else self.scale / samples)
 
+    def columns(self, z: Tensor, samples: int) -> int:
+        """The whole Hessian is formed, whatever its rank. See the base class."""
+        return z.numel() // samples
+
     # -- the Hessian ---------------------------------------------------------------------------------------
 
     def _hessian(self, z: Tensor, weight: Tensor, samples: int, target: Tensor | None) -> Tensor:

@@ -61,6 +61,11 @@ class Sampled(OutputMetric):
         """As the inner metric's."""
         return self.inner.cells(z)
 
+    def columns(self, z: Tensor, samples: int) -> int:
+        """M. See the base class."""
+        del z, samples
+        return self.m
+
     def default_weight(self, z: Tensor, samples: int) -> Tensor:
         """As the inner metric's."""
         return self.inner.default_weight(z, samples)
@@ -88,6 +93,8 @@ class Sampled(OutputMetric):
         """M columns; positions of one sample share a column, which stays unbiased since draws differ."""
         del samples
         generator = self.generator(z.device)
+        if self.m == 1:
+            return self.inner.draw(z, weight, generator, target)[None]
         draws = [self.inner.draw(z, weight, generator, target) for _ in range(self.m)]
         return torch.stack(draws).mul_(self.m**-0.5)
 

@@ -24,8 +24,9 @@ from pullback.curvature import (
 )
 from pullback.errors import CoverageError, StepError
 from pullback.metric import Criteria, Heads, Metrics, OutputMetric, Sampled
+from pullback.optim.attempt import OpenLoop, Policy
 from pullback.optim.coverage import Treated, report
-from pullback.optim.damping import DampingControl
+from pullback.optim.damping import AMPLE, DampingControl
 from pullback.optim.fallback import Fallback
 from pullback.optim.options import Damping, Momentum
 from pullback.optim.record import Coverage, StepRecord
@@ -33,7 +34,19 @@ from pullback.optim.scaling import Scaling
 from pullback.optim.search import Clock, Search
 from pullback.optim.system import System
 from pullback.optim.undo import take_back, untouched
-from pullback.tape import ClosureReplay, Tape, Term, as_loss, inputs_finite, replay, replayable
+from pullback.tape import (
+    ClosureReplay,
+    Region,
+    Tape,
+    Term,
+    Wiring,
+    as_loss,
+    inputs_finite,
+    region_of,
+    replay,
+    replayable,
+    without_autocast,
+)
 
 
 class PullbackOptimizer(torch.optim.Optimizer):
@@ -50,7 +63,9 @@ class PullbackOptimizer(torch.optim.Optimizer):
         mass: D in M = mu D + U^T U: ``"identity"``, ``"module"``, ``"marquardt"`` or numbers by parameter name.
         momentum: how the previous step enters; None for not at all.
         solver: ``"auto"``, ``"dual"``, ``"primal"`` or ``"cg"``.
-        memory: bytes the matrices of a group may take; None for half of the machine's.
+        memory: bytes that pulled-back factors and the solvers' matrices may take in a step; None for half of the
+            machine's. Estimated from shapes before they are taken; what does not fit is solved without matrices
+            (``solver="auto"``), swept column by column (``sweep="auto"``), or refused.
         lr: factor on the step; 1 is the minimiser of the quadratic model.
         weight_decay: decoupled: weights are multiplied by ``1 - lr * weight_decay`` after a step that was kept.
         sweep: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``: how factor columns are pulled back.
@@ -73,6 +88,9 @@ class PullbackOptimizer(torch.optim.Optimizer):
     """
 
     _partition: Partition = "layerwise"
+    _wiring: Wiring = "none"
+    #: the damping where none is given
+    default_damping = Damping()
     #: tells torch.amp.GradScaler to hand its scale over with the step
     _step_supports_amp_scaling = True
 
@@ -125,10 +143,11 @@ class PullbackOptimizer(torch.optim.Optimizer):
                     )
         self.model = model
         self.criterion = criterion
-        self.damping = damping or Damping()
+        self.damping = damping or self.default_damping
         self.momentum = momentum
         self.grad_scaler = grad_scaler
         self.solver = solver
+        self.batch_norm = batch_norm
         self.memory = memory
         self.last: StepRecord | None = None
         self._control = DampingControl(self.damping)
@@ -141,12 +160,17 @@ class PullbackOptimizer(torch.optim.Optimizer):
             batch_norm=batch_norm,
             mine=_ids_of(weakref.ref(self)),
             lenient=fallback is not None,
+            wiring=self._wiring,
+            memory=memory,
         )
         self.losses = self._tape.losses
         self._treated: list[Treated] = []
         self._workspace = Workspace()
         self._masses: dict[Tensor, Tensor] = {}
         self._closed = False
+        self._rng: Tensor | None = None
+        self._autocast: Region | None = None
+        self._first_root = 0
 
     # -- the face ---------------------------------------------------------------------------------------
 
@@ -202,9 +226,11 @@ class PullbackOptimizer(torch.optim.Optimizer):
         before = loss if loss is not None else (_loss_of(terms) if terms else None)
         value = math.nan if before is None or not finite else float(before)
         state = self._control.copy()
-        with torch.no_grad(), self._tape.recorder.paused():
-            mine = terms and inputs_finite(terms) and untouched(self.param_groups, self._control)
-            if mine and self._control.overshot(value):
+        device = self.param_groups[0]["params"][0].device.type
+        with torch.no_grad(), self._tape.recorder.paused(), without_autocast(device):
+            # The loss is asked first: it is at hand, the rest reads every input and every weight.
+            overshot = bool(terms) and self._control.overshot(value)
+            if overshot and inputs_finite(terms) and untouched(self.param_groups, self._control):
                 self._take_back(value)
                 return loss
             if not finite or (before is not None and not math.isfinite(value)):
@@ -215,6 +241,8 @@ class PullbackOptimizer(torch.optim.Optimizer):
                 self._control = state
                 self._masses.clear()
                 raise
+        if torch.is_autocast_enabled(device):
+            torch.clear_autocast_cache()  # it holds casts of the old weights
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,6 +289,9 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def _run(self, closure: Callable[[], Any]) -> Tensor:
         self._tape.clear()
         params = [p for group in self.param_groups for p in group["params"]]
+        self._rng = torch.get_rng_state()
+        self._autocast = region_of(params[0].device.type)
+        self._first_root = self._tape.recorder.roots
         with torch.enable_grad():
             for p in params:
                 p.grad = None
@@ -288,8 +319,20 @@ class PullbackOptimizer(torch.optim.Optimizer):
     def _step(self, terms: list[Term], loss: float, closure: Callable[[], Any] | None) -> None:
         clock = Clock()
         clock.add("sweep", sum(term.seconds for term in terms))
-        trial = self._trial(terms, closure)
         lin = Linearisation(terms)
+        policy = self._policy(lin, closure, loss, clock)
+        strays = self._strays(lin.blocks)
+        ample = AMPLE * sum(block.n for block in lin.blocks) <= lin.R
+        self._control.start(policy.unit, loss, self._gradients(), lin.e0.dtype, ample)
+        clock.mark("curvature")
+        self.last = Search(policy, self._control, loss, self.damping.control == "gain", clock).run()
+        self._finish(policy.params)
+        if self._fallback is not None and strays:
+            self._fallback.step(strays)
+
+    def _policy(self, lin: Linearisation, closure: Callable[[], Any] | None, loss: float, clock: Clock) -> Policy:
+        """How attempts are made from a linearisation."""
+        trial = self._trial(lin.terms, closure)
         system = System(
             lin,
             partition=self.partition,
@@ -300,24 +343,24 @@ class PullbackOptimizer(torch.optim.Optimizer):
             largest=self._largest,
             workspace=self._workspace,
         )
-        strays = self._strays(lin.blocks)
         self._treated = [Treated(block.params, block.rule) for block in lin.blocks]
-        self._control.start(system.unit, loss, self._gradients(), lin.e0.dtype)
-        clock.mark("curvature")
-        self.last = Search(
+        return OpenLoop(
             system=system,
-            control=self._control,
             momentum=self.momentum,
-            previous={id(p): s["step"] for p, s in self.state.items() if "step" in s},
-            rates={id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]},
-            loss=loss,
+            previous=self._previous(),
+            rates=self._rates(),
             trial=trial,
             whole=closure is not None,
             clock=clock,
-        ).run()
-        self._finish(system.params)
-        if self._fallback is not None and strays:
-            self._fallback.step(strays)
+        )
+
+    def _previous(self) -> dict[int, Tensor]:
+        """The previous step by parameter."""
+        return {id(p): s["step"] for p, s in self.state.items() if "step" in s}
+
+    def _rates(self) -> dict[int, float]:
+        """Learning rate by parameter."""
+        return {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
 
     def _take_back(self, loss: float) -> None:
         """Undo the last step, which no trial had guarded, now that the next batch has judged it."""
@@ -379,7 +422,7 @@ class PullbackOptimizer(torch.optim.Optimizer):
         if self.damping.control != "gain":
             return None
         if closure is not None:
-            return ClosureReplay(self.model, closure)
+            return ClosureReplay(self.model, closure, self._rng, self._autocast)
         if not replayable(terms):
             raise StepError(
                 "The loss cannot be evaluated again: the criterion did not get the model's output itself, or "
@@ -400,4 +443,6 @@ def _ids_of(owner: weakref.ref[PullbackOptimizer]) -> Callable[[], set[int]]:
 
 def _loss_of(terms: Sequence[Term]) -> Tensor | None:
     values = [term.use.weighted(term.use.value) for term in terms if term.use.value is not None]
-    return torch.stack(values).sum() if len(values) == len(terms) else None
+    if len(values) != len(terms):
+        return None
+    return values[0] if len(values) == 1 else torch.stack(values).sum()

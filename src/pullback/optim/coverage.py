@@ -19,10 +19,12 @@ class Treated:
     Attributes:
         params: the parameters of a block.
         rule: how its rows were made.
+        linearised: with feedback, why the deviation that reaches it is not measured; None where it is.
     """
 
     params: tuple[nn.Parameter, ...]
     rule: str
+    linearised: str | None = None
 
 
 def report(
@@ -49,7 +51,10 @@ def report(
             why = f"{type(fallback.optimizer).__name__}: {tape.strays.get(id(p), 'not on the tape')}"
             entries.append(Covered(name, p.numel(), "fallback", why))
         elif block is not None:
-            if tape.metric.exact:
+            if block.linearised is not None:
+                why = f"{block.rule}; deviation by products with U: {block.linearised}"
+                entries.append(Covered(name, p.numel(), "linearised", why))
+            elif tape.metric.exact:
                 entries.append(Covered(name, p.numel(), "exact", block.rule))
             else:
                 why = f"{block.rule}, {tape.metric!r}"

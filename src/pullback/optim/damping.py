@@ -10,10 +10,14 @@ anyway, is asked about the step just taken (derived in docs/theory):
 r < 0: the loss still falls along the step on fresh data, it could have been longer; r > 0: it was too long.
 Mu is multiplied by :math:`\exp(\tfrac12 (\bar r - 0.2))`, with r averaged over about two steps. The 0.2 is a
 tolerance: stopping at the bottom of every single step is greedy and ends in tiny steps.
+
+Where a batch has several rows for every parameter, its bottom is nearly everyone's: the ratio holds across batches then
+and is followed (61 parameters and batches of 1000: benchmarks/sinc.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +30,9 @@ from pullback.optim.options import Damping
 
 #: Overshoot along a step that is tolerated, how strongly mu answers, and the memory of the average.
 TOLERANCE, ANSWER, MEMORY = 0.2, 0.5, 0.5
+
+#: Rows for every parameter from which a batch speaks for the others.
+AMPLE = 4
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Taken:
         step: s by parameter.
         start: loss before it.
         before: weights before it by parameter, kept where no trial guards the step.
+        grow: factor on mu if the next batch is the same, where the gain ratio does not tell; None where it does.
     """
 
     loss: float | None
@@ -49,6 +57,7 @@ class Taken:
     step: dict[int, Tensor] = field(default_factory=dict)
     start: float = math.nan
     before: dict[int, Tensor] = field(default_factory=dict)
+    grow: float | None = None
 
     def rise(self, grads: Mapping[int, Tensor]) -> float:
         """r: slope along the step on another batch over the slope it had on its own."""
@@ -67,6 +76,7 @@ class DampingControl:
         mean: running average of r and its weight.
         level: running average of the loss before steps, and of its distance from that average.
         taken: the step that waits for its judgement.
+        fresh: whether the last two batches differed.
     """
 
     options: Damping
@@ -75,12 +85,24 @@ class DampingControl:
     mean: tuple[float, float] = (0.0, 0.0)
     level: tuple[float, float] | None = None
     taken: Taken | None = None
+    fresh: bool = False
+
+    @property
+    def arc(self) -> bool:
+        """Whether a sweep that raises the loss is followed by others from the same factors.
+
+        Where batches change, a shorter step from factors that suited the last batch too well is no remedy, more damping
+        is (benchmarks/damping.py, digits).
+        """
+        return not self.fresh if self.options.arc is None else self.options.arc
 
     def copy(self) -> DampingControl:
         """The state as it is, to go back to."""
-        return DampingControl(self.options, self.mu, self.nu, self.mean, self.level, self.taken)
+        return dataclasses.replace(self)
 
-    def start(self, unit: float, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype) -> float:
+    def start(
+        self, unit: float, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype, ample: bool = False
+    ) -> float:
         """Judge the last step by this batch; returns the damping to try first.
 
         Args:
@@ -88,6 +110,7 @@ class DampingControl:
             loss: loss of this batch before the step, nan if unknown.
             grads: gradient of this batch by parameter.
             dtype: dtype of the model.
+            ample: whether a batch has several rows for every parameter, see :data:`AMPLE`.
         """
         unit = unit if unit > 0 else 1.0
         if not math.isnan(loss):
@@ -96,7 +119,7 @@ class DampingControl:
         if self.mu is None or self.options.control == "fixed":
             self.mu = self.options.initial * unit
         elif self.taken is not None:
-            self._judge(self.taken, loss, grads, dtype)
+            self._judge(self.taken, loss, grads, dtype, ample)
         self.taken = None
         smallest = self.options.smallest
         if smallest is None:
@@ -104,16 +127,20 @@ class DampingControl:
         self.mu = min(max(self.mu, smallest * unit), self.options.largest * unit)
         return self.mu
 
-    def _judge(self, taken: Taken, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+    def _judge(self, taken: Taken, loss: float, grads: Mapping[int, Tensor], dtype: torch.dtype, ample: bool) -> None:
         assert self.mu is not None
         resolution = 64 * torch.finfo(dtype).eps
-        if taken.loss is not None and abs(loss - taken.loss) <= resolution * abs(loss):
-            # The loss stands where the trial left it: the same batch (in whatever order).
-            if taken.gain is not None:
+        same = taken.loss is not None and abs(loss - taken.loss) <= resolution * abs(loss)
+        self.fresh = not same and not (ample and taken.loss is not None)
+        if not self.fresh:
+            # The loss stands where the trial left it: the same batch (in whatever order). Or batches are as good.
+            if taken.grow is not None:
+                self.mu *= taken.grow
+            elif taken.gain is not None:
                 self.mu *= max(1 / 3, 1 - (2 * taken.gain - 1) ** 3)
                 self.nu = 2.0
             return
-        self.mu = min(self.mu, 2 * taken.mu)
+        self.mu = min(self.mu * (taken.grow or 1.0), 2 * taken.mu)
         self.nu = 2.0
         rise = taken.rise(grads)
         if taken.slope == 0 or not math.isfinite(rise):
@@ -158,14 +185,22 @@ class DampingControl:
                 "slope": t.slope,
                 "mu": t.mu,
                 "start": t.start,
+                "grow": t.grow,
             }
             taken |= {name: [getattr(t, name).get(key) for key in order] for name in ("step", "before")}
-        return {"mu": self.mu, "nu": self.nu, "mean": self.mean, "level": self.level, "taken": taken}
+        return {
+            "mu": self.mu,
+            "nu": self.nu,
+            "mean": self.mean,
+            "level": self.level,
+            "taken": taken,
+            "fresh": self.fresh,
+        }
 
     def load(self, state: dict[str, Any], order: list[int]) -> None:
         """Continue from :meth:`state`."""
         self.mu, self.nu, self.mean, self.level = state["mu"], state["nu"], tuple(state["mean"]), state["level"]
-        self.taken = None
+        self.taken, self.fresh = None, state.get("fresh", False)
         if state["taken"] is not None:
             saved = dict(state["taken"])
             for name in ("step", "before"):

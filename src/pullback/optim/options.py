@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+from pullback.curvature import Mass, Partition, Space
+from pullback.metric import Metrics
 
 Control = Literal["gain", "slope", "fixed"]
 
@@ -42,6 +49,10 @@ class Damping:
             the step when batches change. ``"slope"`` does the latter without a trial loss. ``"fixed"``
             keeps mu relative to the mean diagonal of the Gram and takes every step.
         trials: most steps tried per call of ``step``, each with a larger mu than the one before.
+        arc: where steps are found in closed loop (``FeedbackGaussNewton``, ``GaussNewton(geodesic=True)``) and one
+            raises the loss, whether others are tried from the same factors before mu grows: without the anticipated
+            part, then a half, a quarter and an eighth along the arc. None does so while the batch stays the same;
+            False is Nielsen's plain rule, True the arc on changing batches too. It has no meaning elsewhere.
         smallest: lower bound of mu relative to the mean diagonal of the Gram; None takes what the dtype of
             the solve can resolve.
         largest: upper bound, likewise.
@@ -50,6 +61,7 @@ class Damping:
     initial: float = 1.0
     control: Control = "gain"
     trials: int = 6
+    arc: bool | None = None
     smallest: float | None = None
     largest: float = 1e8
 
@@ -62,3 +74,22 @@ class Damping:
             raise ValueError(f"Damping(trials=...) must be at least 1, got {self.trials}.")
         if self.smallest is not None and not 0 < self.smallest <= self.largest:
             raise ValueError(f"Damping needs 0 < smallest <= largest, got {self.smallest} and {self.largest}.")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of every optimizer; :class:`pullback.optim.base.PullbackOptimizer` says what they mean."""
+
+    metric: Metrics
+    partition: Partition | None
+    damping: Damping | None
+    mass: Mass
+    momentum: Momentum | None
+    solver: Space
+    memory: float | None
+    lr: float
+    weight_decay: float
+    sweep: str
+    batch_norm: str
+    fallback: Callable[[list[Tensor]], torch.optim.Optimizer] | None
+    grad_scaler: torch.amp.GradScaler | None
+    params: Iterable[Any] | None

@@ -18,11 +18,14 @@ class StepRecord:
         actual: decrease that a trial loss found; None without a trial.
         accepted: whether the step was kept. If not, weights are bit for bit as before.
         mu: damping of that step.
-        scale: factor on the direction (1 for a joint solve).
+        scale: factor on the direction (1 for a joint solve); with feedback how far along the arc.
         rank: R, the rows of U.
-        trials: steps tried.
+        trials: steps tried; with feedback attempts, each of one damping and up to five sweeps.
         spaces: ``"dual"`` or ``"primal"`` and the rung of the Cholesky ladder, per group.
-        seconds: time per phase: sweep, curvature, solve, trial.
+        seconds: time per phase: sweep, curvature, solve, trial; with feedback also look, and the trial is the sweeps.
+        runs: forward passes after the one that was recorded, over all trials.
+        note: with feedback which sweep was kept, ``"feedback"`` or ``"anticipation"``; for a single stage
+            ``"acceleration"`` (a geodesic step) or ``"plain"``.
     """
 
     loss: float
@@ -35,6 +38,8 @@ class StepRecord:
     trials: int
     spaces: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    runs: int = 0
+    note: str = ""
 
     @property
     def gain(self) -> float | None:

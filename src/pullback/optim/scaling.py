@@ -63,3 +63,5 @@ class Scaling:
                 for calls in term.factors.values():
                     for call in calls:
                         call.parts = [None if part is None else part / root for part in call.parts]
+                if term.ports is not None:
+                    term.ports.divide(root)

@@ -19,6 +19,8 @@ from pullback.curvature import (
     Space,
     Workspace,
     divide,
+    memory_budget,
+    scalars,
     scales_of,
     solver_for,
     weigh,
@@ -26,8 +28,8 @@ from pullback.curvature import (
 from pullback.errors import StepError
 
 
-class System:
-    """Groups of a partition with their solvers and gradients.
+class Groups:
+    """Blocks sorted into groups, in units of their mass, with the gradient split along them.
 
     All vectors inside are in units of the mass: ``D^{1/2}`` times the change of a parameter, ``D^{-1/2}``
     times a gradient.
@@ -36,15 +38,105 @@ class System:
         lin: the linearisation.
         partition: who moves with whom.
         mass: the mass D.
+        names: name of every parameter by id.
+        largest: keeps the largest diagonal of a block seen so far (for the Marquardt mass).
+
+    Attributes:
+        plain: blocks of every group.
+        blocks: the same in units of the mass.
+        gradients: the gradient of every group.
+        scales: ``D^{-1/2}`` by group and block, None for the identity.
+        params: all parameters that move.
+    """
+
+    def __init__(
+        self,
+        lin: Linearisation,
+        *,
+        partition: Partition,
+        mass: Mass,
+        names: Mapping[int, str],
+        largest: Callable[[Block, Tensor], Tensor],
+    ) -> None:
+        self.lin = lin
+        whole = lin.gradient(lin.blocks)
+        if not all(map(math.isfinite, scalars([g @ g for g in whole.g]))):
+            raise StepError("A gradient is not finite; no step was taken.")
+        scales = scales_of(lin.blocks, mass, names, largest)
+        index = {id(block): k for k, block in enumerate(lin.blocks)}
+        self.plain = divide(lin.blocks, partition, names)
+        self.blocks: list[list[Block]] = []
+        self.gradients: list[Gradient] = []
+        self.scales: list[list[float | Tensor] | None] = []
+        for blocks in self.plain:
+            own = [index[id(block)] for block in blocks]
+            g = [whole.g[k] for k in own]
+            rest = None if whole.rest is None else [whole.rest[k] for k in own]
+            if scales is None:
+                self.scales.append(None)
+            else:
+                scale = [scales[k] for k in own]
+                blocks = [weigh(block, s) for block, s in zip(blocks, scale, strict=True)]
+                g = [a * s for a, s in zip(g, scale, strict=True)]
+                rest = None if rest is None else [a * s for a, s in zip(rest, scale, strict=True)]
+                self.scales.append(scale)
+            self.blocks.append(blocks)
+            self.gradients.append(Gradient(g, whole.e0, rest))
+        self.params: list[Tensor] = [p for blocks in self.plain for block in blocks for p in block.params]
+
+    def packed(self, values: Mapping[int, Tensor]) -> list[list[Tensor]]:
+        """Changes of parameters (zero where there is none) as packed vectors per block and group."""
+        out = []
+        for blocks, scale in zip(self.plain, self.scales, strict=True):
+            parts = []
+            for k, block in enumerate(blocks):
+                pieces = [values[id(p)] if id(p) in values else torch.zeros_like(p) for p in block.params]
+                part = block.pack(pieces)
+                parts.append(part if scale is None else part / scale[k])
+            out.append(parts)
+        return out
+
+    def unit_of(self, trace: float) -> float:
+        """Mean diagonal of the Gram, in which damping is bounded.
+
+        Args:
+            trace: trace of U^T U over all groups.
+        """
+        if not math.isfinite(trace):
+            raise StepError("The metric is not finite; no step was taken. Look for overflow in the model.")
+        return trace / max(1, self.lin.R)
+
+    def room(self, budget: float | None) -> float:
+        """Bytes left for matrices.
+
+        Args:
+            budget: bytes the step may take, None for the default.
+        """
+        return (memory_budget() if budget is None else budget) - sum(term.held for term in self.lin.terms)
+
+    def drowned(self, mu: float, unit: float) -> bool:
+        """Whether the damping is so small that a float32 Gram has lost it (theory 3).
+
+        Under a sketch the metric's own noise is larger than what float32 loses, down to the last digits.
+        """
+        return mu < (1e-4 if self.lin.exact else 1e-6) * unit
+
+
+class System(Groups):
+    """Groups with a solver each, for steps in open loop.
+
+    Args:
+        lin: the linearisation.
+        partition: who moves with whom.
+        mass: the mass D.
         space: which solver.
-        budget: bytes a solver may take, None for the default.
+        budget: bytes the factors and the matrices of all groups may take, None for the default.
         names: name of every parameter by id.
         largest: keeps the largest diagonal of a block seen so far (for the Marquardt mass).
         workspace: where large matrices live between steps.
 
     Attributes:
         solvers: one per group.
-        gradients: the gradient of every group.
         unit: mean diagonal of the Gram, in which damping is bounded.
     """
 
@@ -60,59 +152,19 @@ class System:
         largest: Callable[[Block, Tensor], Tensor],
         workspace: Workspace,
     ) -> None:
-        self.lin = lin
-        whole = lin.gradient(lin.blocks)
-        if not all(math.isfinite(float(g @ g)) for g in whole.g):
-            raise StepError("A gradient is not finite; no step was taken.")
-        scales = scales_of(lin.blocks, mass, names, largest)
-        index = {id(block): k for k, block in enumerate(lin.blocks)}
+        super().__init__(lin, partition=partition, mass=mass, names=names, largest=largest)
         self.solvers: list[Solver] = []
-        self.gradients: list[Gradient] = []
-        self._scales: list[list[float | Tensor] | None] = []
-        for blocks in divide(lin.blocks, partition, names):
-            own = [index[id(block)] for block in blocks]
-            g = [whole.g[k] for k in own]
-            rest = None if whole.rest is None else [whole.rest[k] for k in own]
-            if scales is None:
-                self._scales.append(None)
-            else:
-                scale = [scales[k] for k in own]
-                blocks = [weigh(block, s) for block, s in zip(blocks, scale, strict=True)]
-                g = [a * s for a, s in zip(g, scale, strict=True)]
-                rest = None if rest is None else [a * s for a, s in zip(rest, scale, strict=True)]
-                self._scales.append(scale)
-            self.solvers.append(solver_for(blocks, space, budget, workspace, len(self.solvers)))
-            self.gradients.append(Gradient(g, whole.e0, rest))
-        trace = float(torch.stack([solver.trace() for solver in self.solvers]).sum())
-        if not math.isfinite(trace):
-            raise StepError("The metric is not finite; no step was taken. Look for overflow in the model.")
-        self.unit = trace / max(1, lin.R)
-
-    @property
-    def params(self) -> list[Tensor]:
-        """All parameters that move."""
-        return [p for solver in self.solvers for block in solver.blocks for p in block.params]
+        left = self.room(budget)
+        for k, blocks in enumerate(self.blocks):
+            self.solvers.append(solver_for(blocks, space, left, workspace, k))
+            left -= self.solvers[-1].bytes(blocks)
+        self.unit = self.unit_of(sum(scalars([solver.trace() for solver in self.solvers])))
 
     def sharpen(self, mu: float) -> None:
-        """Solve in float64 once the damping is so small that a float32 Gram has lost it (theory 3).
-
-        Under a sketch the metric's own noise is larger than what float32 loses, down to the last digits.
-        """
-        if mu < (1e-4 if self.lin.exact else 1e-6) * self.unit:
+        """Solve in float64 once the damping is that small."""
+        if self.drowned(mu, self.unit):
             for solver in self.solvers:
                 solver.sharpen()
-
-    def packed(self, values: Mapping[int, Tensor]) -> list[list[Tensor]]:
-        """Changes of parameters (zero where there is none) as packed vectors per block and group."""
-        out = []
-        for solver, scale in zip(self.solvers, self._scales, strict=True):
-            parts = []
-            for k, block in enumerate(solver.blocks):
-                pieces = [values[id(p)] if id(p) in values else torch.zeros_like(p) for p in block.params]
-                part = block.pack(pieces)
-                parts.append(part if scale is None else part / scale[k])
-            out.append(parts)
-        return out
 
     def move(
         self, direction: Direction, alpha: float, rates: Mapping[int, float]
@@ -132,7 +184,7 @@ class System:
         bent: list[list[Tensor]] = []
         moved: list[Tensor] = []
         pieces: list[Tensor] = []
-        for solver, scale, parts in zip(self.solvers, self._scales, direction.d, strict=True):
+        for solver, scale, parts in zip(self.solvers, self.scales, direction.d, strict=True):
             bent.append([])
             for k, (block, d) in enumerate(zip(solver.blocks, parts, strict=True)):
                 s = d * factor

@@ -7,7 +7,10 @@
 """
 
 from pullback.problems import fashion as _fashion  # noqa: F401 (registers its problems)
+from pullback.problems import kinetics as _kinetics  # noqa: F401 (registers its problems)
 from pullback.problems import sklearn_sets as _sklearn_sets  # noqa: F401 (registers its problems)
+from pullback.problems import synthetic as _synthetic  # noqa: F401 (registers its problems)
+from pullback.problems import uci as _uci  # noqa: F401 (registers its problems)
 from pullback.problems.budget import Budget
 from pullback.problems.comparison import InterruptedComparison, compare
 from pullback.problems.entry import Entry
@@ -20,9 +23,10 @@ from pullback.problems.problem import Problem
 from pullback.problems.record import Comparison, Evaluation, InterruptedRun, Run
 from pullback.problems.registry import entries, load_problem, register
 from pullback.problems.runner import Progress, run
-from pullback.problems.summary import Quartiles, Summary, summarise
+from pullback.problems.summary import Arrival, Quartiles, Summary, summarise
 
 __all__ = [
+    "Arrival",
     "Budget",
     "Comparison",
     "DataError",

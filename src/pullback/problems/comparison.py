@@ -22,6 +22,7 @@ def compare(
     *,
     seeds: int | Iterable[int] = 3,
     budget: Budget | None = None,
+    until: float | None = None,
     threads: int = 1,
     progress: Observer | None = None,
 ) -> Comparison:
@@ -34,6 +35,7 @@ def compare(
         optimizers: ``name:key=value,...,name,...`` or the parsed forms.
         seeds: How many seeds, counted from 0, or the seeds themselves.
         budget: When each run stops; the problem's default if None.
+        until: Each run also stops once its training loss is at or below this.
         threads: Threads that torch may use.
         progress: Called after each step.
 
@@ -41,7 +43,8 @@ def compare(
         The runs in the order they were made, and the machine.
 
     Raises:
-        SpecError: If an optimizer or an option does not exist or is refused, before anything is trained.
+        SpecError: If an optimizer, an option or a seed's data do not exist or are refused, before anything is
+            trained.
         MissingExtraError: If an optimizer is in a package that is not installed.
         InterruptedComparison: On Ctrl-C; a KeyboardInterrupt that carries the comparison so far.
     """
@@ -56,10 +59,14 @@ def compare(
 
     try:
         with measuring(threads):
+            for seed in numbers:
+                problem.for_seed(seed)
             _try_out(problem, specs)
         for seed in numbers:
             for spec in specs:
-                runs.append(run(problem, spec, seed=seed, budget=budget, threads=threads, progress=progress))
+                runs.append(
+                    run(problem, spec, seed=seed, budget=budget, until=until, threads=threads, progress=progress)
+                )
     except InterruptedRun as stop:
         runs.append(stop.run)
         raise InterruptedComparison(so_far()) from stop

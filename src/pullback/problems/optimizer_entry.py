@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from pullback.problems.options import Value, check_options
 # Arguments that are no choice of a command line: what is trained, objects, and switches that change what is
 # minimised.
 _HIDDEN = {
+    "self",
     "params",
     "model",
     "criterion",
@@ -36,6 +37,23 @@ class Stepper(Protocol):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step."""
+
+
+_UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _signatures(source: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The functions whose arguments are options: a constructor, and those it passes its ``**options`` on to."""
+    if not inspect.isclass(source):
+        yield source
+        return
+    for kind in source.__mro__:
+        own = vars(kind).get("__init__")
+        if own is None or kind is object:
+            continue
+        yield own
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in inspect.signature(own).parameters.values()):
+            return
 
 
 @dataclass(frozen=True)
@@ -81,14 +99,12 @@ class OptimizerEntry:
         Raises:
             MissingExtraError: If the optimizer is in a package that is not installed.
         """
-        source = self.source()
-        hints = typing.get_type_hints(source.__init__ if inspect.isclass(source) else source)
-        unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        found = {
-            parameter.name: Option(hints.get(parameter.name, Any), parameter.default)
-            for parameter in inspect.signature(source).parameters.values()
-            if parameter.name not in _HIDDEN and parameter.kind not in unnamed
-        }
+        found: dict[str, Option] = {}
+        for maker in _signatures(self.source()):
+            hints = typing.get_type_hints(maker)
+            for parameter in inspect.signature(maker).parameters.values():
+                if parameter.name not in _HIDDEN and parameter.kind not in _UNNAMED:
+                    found.setdefault(parameter.name, Option(hints.get(parameter.name, Any), parameter.default))
         return {**found, **self.extra}
 
     def check(self, options: Mapping[str, Value]) -> dict[str, Any]:

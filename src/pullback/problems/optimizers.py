@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import pullback
 from pullback.problems.errors import SpecError, missing_extra, nearest
+from pullback.problems.least_squares import LeastSquares, require_scipy
 from pullback.problems.muon import MuonWithAdamW
 from pullback.problems.optimizer_entry import OptimizerEntry, Option, Stepper
 
@@ -43,39 +45,57 @@ def optimizer_entry(name: str) -> OptimizerEntry:
     return _ENTRIES[name]
 
 
-def _our_options(options: dict[str, Any]) -> dict[str, Any]:
+def _our_options(default: pullback.Damping, options: dict[str, Any]) -> dict[str, Any]:
     """Makes the option objects of our optimizers from the numbers of the command line."""
     options = dict(options)
     samples, damping, control = options.pop("samples"), options.pop("damping"), options.pop("control")
+    arc = options.pop("arc")
     momentum, decay = options.pop("momentum"), options.pop("decay")
     if samples is not None:
         if samples < 1:
             raise ValueError(f"samples is {samples}; give 1 or more.")
         # The seed of the run, so that seeds differ in the draws as well.
         options["metric"] = pullback.Sampled(m=samples, seed=torch.initial_seed())
-    chosen = {"initial": damping, "control": control}
-    options["damping"] = pullback.Damping(**{key: value for key, value in chosen.items() if value is not None})
+    chosen = {
+        key: value for key, value in {"initial": damping, "control": control, "arc": arc}.items() if value is not None
+    }
+    if chosen:
+        # What is not chosen stays the optimizer's own default.
+        options["damping"] = dataclasses.replace(default, **chosen)
     if momentum is not None:
         options["momentum"] = pullback.Momentum(kind=momentum, decay=decay)
     return options
 
 
-def _our_entry(name: str, source: Callable[..., Any], summary: str) -> OptimizerEntry:
+def _damping_of(source: type[pullback.optim.PullbackOptimizer], options: dict[str, Any]) -> pullback.Damping:
+    """The damping where nothing is chosen; Gauss-Newton has two."""
+    return (pullback.FeedbackGaussNewton if options.get("geodesic") else source).default_damping
+
+
+def _our_entry(name: str, source: type[pullback.optim.PullbackOptimizer], summary: str) -> OptimizerEntry:
     return OptimizerEntry(
         name,
         summary,
         source=lambda: source,
-        build=lambda model, criterion, options: source(model, criterion, **_our_options(options)),
+        build=lambda model, criterion, options: source(
+            model, criterion, **_our_options(_damping_of(source, options), options)
+        ),
         extra={
             "samples": Option(int | None, None),
             "damping": Option(float | None, None),
             "control": Option(str | None, None),
+            "arc": Option(bool | None, None),
             "momentum": Option(str | None, None),
             "decay": Option(float, pullback.Momentum().decay),
             "partition": Option(str | None, None),
             "mass": Option(str, "identity"),
         },
     )
+
+
+def _least_squares() -> Callable[..., Any]:
+    require_scipy()
+    return LeastSquares
 
 
 def _soap() -> Callable[..., Any]:
@@ -108,6 +128,11 @@ _ENTRIES = {
             pullback.GaussNewton,
             "ours: the output metric pulled back to all parameters at once",
         ),
+        _our_entry(
+            "feedback",
+            pullback.FeedbackGaussNewton,
+            "ours: every module answers to what the modules before it really did",
+        ),
         _peer("sgd", "torch.optim.SGD", lambda: torch.optim.SGD),
         _peer("adam", "torch.optim.Adam", lambda: torch.optim.Adam),
         _peer("adamw", "torch.optim.AdamW", lambda: torch.optim.AdamW),
@@ -124,6 +149,12 @@ _ENTRIES = {
             source=lambda: torch.optim.Muon,
             build=lambda model, _criterion, options: MuonWithAdamW(model, **options),
             extra={"adamw_lr": Option(float, 1e-3), "adamw_weight_decay": Option(float, 1e-2)},
+        ),
+        OptimizerEntry(
+            "least-squares",
+            "scipy.optimize.least_squares on all training data, for MSELoss; one step is one of its iterations",
+            source=_least_squares,
+            build=lambda model, criterion, options: LeastSquares(model, criterion, **options),
         ),
         _peer("soap", "SOAP of pytorch_optimizer (an optional package)", _soap),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -58,17 +58,25 @@ class Problem:
         make_model: Makes the model from the seed of the run; called under that seed, and the model is then
             cast to `dtype`, so a plain ``lambda seed: nn.Linear(3, 1)`` will do.
         train: Inputs (N, ...) and targets (N, ...).
-        criterion: Loss module, called as ``criterion(model(inputs), targets)``; its value over all of `train`
-            is the reported loss.
+        criterion: Loss module, called as ``criterion(model(inputs), targets)``; its value over all of `train`,
+            times `loss_scale`, is the reported loss.
+        loss_scale: Factor on the criterion: 0.5 with ``MSELoss`` is the mean of half squares.
         test: Inputs and targets that are not trained on, or None.
+        validation: Inputs and targets for choosing anything, or None; each evaluation records the loss on them.
+        sealed: Whether `test` is scored once alone, at the end of a run: with the weights that had the least
+            loss on `validation`, or with the last ones without `validation`. Else each evaluation scores it.
         batch_size: Rows per step, drawn without replacement in an order given by the seed; None for the full
             batch.
         dtype: Floating dtype of the model and of floating inputs.
         test_metric: "accuracy", "rmse", or a function of outputs and targets.
+        model_metric: A function of the model, in eval mode, that is reported in place of a test metric: how far
+            the parameters are from the true ones, say; None for none.
         targets: Training losses whose time of arrival is reported, in the order reported.
         description: One line.
         budget: How long to train if nothing is said; 20 epochs with mini-batches and 200 steps without, if
             None.
+        redraw: The same problem with the data of a seed, where every seed has its own; its train, validation,
+            test and test_metric are taken. None if the data are the same for all seeds.
 
     Raises:
         SpecError: If the parts do not fit together.
@@ -78,16 +86,21 @@ class Problem:
     make_model: Callable[[int], nn.Module]
     train: Split
     criterion: nn.Module
+    loss_scale: float = 1.0
     test: Split | None = None
+    validation: Split | None = None
+    sealed: bool = False
     batch_size: int | None = None
     dtype: torch.dtype = torch.float32
     test_metric: str | Metric = "accuracy"
+    model_metric: Callable[[nn.Module], float] | None = None
     targets: tuple[float, ...] = ()
     description: str = ""
     budget: Budget | None = None
+    redraw: Callable[[int], Problem] | None = None
 
     def __post_init__(self) -> None:
-        for part, split in (("train", self.train), ("test", self.test)):
+        for part, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if split is not None:
                 self._check_split(part, split)
         if self.batch_size is not None and self.batch_size < 1:
@@ -96,6 +109,10 @@ class Problem:
             )
         if isinstance(self.test_metric, str) and self.test_metric not in METRICS:
             raise SpecError(f"{self.name} has no test metric {self.test_metric!r}.{nearest(self.test_metric, METRICS)}")
+        if not (self.loss_scale > 0 and math.isfinite(self.loss_scale)):
+            raise SpecError(f"loss_scale of {self.name} is {self.loss_scale}; give a positive number.")
+        if self.model_metric is not None and self.test is not None:
+            raise SpecError(f"{self.name} has test data and a model_metric, which take the same column; keep one.")
         if not all(math.isfinite(level) for level in self.targets):
             raise SpecError(f"the target levels of {self.name} must be finite numbers, not {self.targets}.")
 
@@ -125,8 +142,46 @@ class Problem:
     @property
     def metric_name(self) -> str:
         """The name of the test metric, for tables."""
-        metric = self.test_metric
+        metric = self.model_metric or self.test_metric
         return metric if isinstance(metric, str) else getattr(metric, "__name__", "test")
+
+    def for_seed(self, seed: int) -> Problem:
+        """The problem with the data of a seed.
+
+        Args:
+            seed: The seed of the run.
+
+        Returns:
+            This very problem if all seeds have the same data.
+
+        Raises:
+            SpecError: If there are no data for that seed.
+        """
+        if self.redraw is None:
+            return self
+        drawn = self.redraw(seed)
+        return replace(
+            self,
+            train=drawn.train,
+            validation=drawn.validation,
+            test=drawn.test,
+            test_metric=drawn.test_metric,
+            redraw=None,
+        )
+
+    def loss(self, outputs: Tensor, targets: Tensor, criterion: nn.Module | None = None) -> Tensor:
+        """The loss that is minimised and reported.
+
+        Args:
+            outputs: What the model says, shape (N, ...).
+            targets: What is true, shape (N, ...).
+            criterion: A copy of the criterion that an optimizer watches; the problem's own if None.
+
+        Returns:
+            A scalar tensor.
+        """
+        value: Tensor = (criterion or self.criterion)(outputs, targets)
+        return value if self.loss_scale == 1.0 else self.loss_scale * value
 
     def build_model(self, seed: int) -> nn.Module:
         """Makes the model, in training mode and of the problem's dtype.

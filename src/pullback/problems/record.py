@@ -20,13 +20,15 @@ class Evaluation(NamedTuple):
         seconds: Charged seconds: training steps only.
         step: Steps taken.
         loss: The criterion on all training data, in eval mode; may be NaN or infinite.
-        test: The test metric, or None if the problem has no test data.
+        test: The test metric, or None if the problem has no test data or keeps them sealed until the end.
+        validation: The criterion on the validation data, or None if there are none.
     """
 
     seconds: float
     step: int
     loss: float
     test: float | None
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Run:
         targets: Training losses whose time of arrival is asked for.
         failure: Why the run ended early, one line, or None.
         coverage: How the optimizer treated each parameter, if it says so.
+        trials: How often the loss was computed to find the steps, if the optimizer tries steps: trial steps of
+            ours, calls of the closure. None for optimizers that step blindly.
     """
 
     optimizer: str
@@ -56,6 +60,7 @@ class Run:
     targets: tuple[float, ...] = ()
     failure: str | None = None
     coverage: str | None = None
+    trials: int | None = None
 
     @property
     def label(self) -> str:
@@ -84,12 +89,32 @@ class Run:
         return 1e3 * self.seconds / self.steps if self.steps else None
 
     @property
+    def trials_per_step(self) -> float | None:
+        """Trials per step, None where nothing is tried."""
+        return self.trials / self.steps if self.trials and self.steps else None
+
+    def arrival(self, level: float) -> Evaluation | None:
+        """The first evaluation at or below a training loss.
+
+        Args:
+            level: The training loss.
+
+        Returns:
+            The evaluation, None if there is none.
+        """
+        return next((evaluation for evaluation in self.history if evaluation.loss <= level), None)
+
+    @property
     def reached(self) -> dict[float, float | None]:
         """For each target level the charged seconds of the first evaluation at or below it, None if never."""
-        return {
-            level: next((evaluation.seconds for evaluation in self.history if evaluation.loss <= level), None)
-            for level in self.targets
-        }
+        found = {level: self.arrival(level) for level in self.targets}
+        return {level: None if evaluation is None else evaluation.seconds for level, evaluation in found.items()}
+
+    @property
+    def steps_to(self) -> dict[float, int | None]:
+        """For each target level the steps of the first evaluation at or below it, None if never."""
+        found = {level: self.arrival(level) for level in self.targets}
+        return {level: None if evaluation is None else evaluation.step for level, evaluation in found.items()}
 
     def to_json(self) -> Json:
         """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
@@ -105,11 +130,13 @@ class Run:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "ms_per_step": self.ms_per_step,
+            "trials_per_step": self.trials_per_step,
             "loss": self.loss,
             "best_loss": self.best_loss,
             "test": self.test,
             "history": [[_plain(number) for number in evaluation] for evaluation in self.history],
             "reached": {f"{level:g}": seconds for level, seconds in self.reached.items()},
+            "steps_to": {f"{level:g}": steps for level, steps in self.steps_to.items()},
             "failure": self.failure,
         }
 
@@ -134,11 +161,16 @@ class Comparison:
         """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
 
         Returns:
-            A dictionary with the keys problem, machine and runs.
+            A dictionary with the keys problem, metric, machine, summary (one entry per optimizer) and runs
+            (with the history of every seed).
         """
+        from pullback.problems.summary import summarise  # It builds on this module.
+
         return {
             "problem": self.problem,
+            "metric": self.metric,
             "machine": self.machine,
+            "summary": [summary.to_json() for summary in summarise(self.runs)],
             "runs": [run.to_json() for run in self.runs],
         }
 

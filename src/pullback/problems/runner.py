@@ -5,26 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pullback.problems.budget import Budget
+from pullback.problems.clock import Clock
 from pullback.problems.errors import MissingExtraError, SpecError, one_line
+from pullback.problems.evaluator import Evaluator
+from pullback.problems.least_squares import Solver
 from pullback.problems.machine import measuring
 from pullback.problems.optimizer_entry import Stepper
 from pullback.problems.optimizer_spec import OptimizerSpec, parse_optimizer
 from pullback.problems.optimizers import optimizer_entry
 from pullback.problems.problem import Problem, Split
-from pullback.problems.record import INTERRUPTED, Evaluation, InterruptedRun, Run
+from pullback.problems.record import INTERRUPTED, InterruptedRun, Run
 from pullback.problems.schedule import Schedule
-
-# Rows per forward pass of an evaluation: bounds the memory that activations of large data take.
-_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def run(
     *,
     seed: int = 0,
     budget: Budget | None = None,
+    until: float | None = None,
     threads: int = 1,
     progress: Observer | None = None,
 ) -> Run:
@@ -72,6 +72,7 @@ def run(
         optimizer: ``name:key=value,...`` or its parsed form.
         seed: Drives the initial model, the order of the batches and anything random within a step.
         budget: When to stop; the problem's default if None.
+        until: Also stop once the training loss is at or below this.
         threads: Threads that torch may use.
         progress: Called after each step.
 
@@ -86,37 +87,36 @@ def run(
     """
     spec = parse_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
     with measuring(threads):
-        return _Trial(problem, spec, seed, budget or problem.default_budget, progress).run()
+        return _Trial(problem, spec, seed, budget or problem.default_budget, until, progress).run()
 
 
-class Clock:
-    """Adds up wall-clock and processor seconds of the blocks it is the context of."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.cpu_seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._cpu = time.process_time()
-        self._wall = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._wall
-        self.cpu_seconds += time.process_time() - self._cpu
+class _Finished(Exception):  # noqa: N818 (no error)
+    """Ends a solver that drives itself."""
 
 
 class _Trial:
     """The state of one run."""
 
     def __init__(
-        self, problem: Problem, spec: OptimizerSpec, seed: int, budget: Budget, progress: Observer | None
+        self,
+        problem: Problem,
+        spec: OptimizerSpec,
+        seed: int,
+        budget: Budget,
+        until: float | None,
+        progress: Observer | None,
     ) -> None:
-        self.problem, self.spec, self.seed, self.budget, self.progress = problem, spec, seed, budget, progress
+        self.problem = problem.for_seed(seed)
+        self.spec, self.seed, self.budget, self.until, self.progress = spec, seed, budget, until, progress
         self.entry = optimizer_entry(spec.name)
         self.clock = Clock()
-        self.schedule = Schedule(budget, problem.steps_per_epoch)
+        self.steps_per_epoch = problem.steps_per_epoch
+        self.schedule = Schedule(budget, self.steps_per_epoch)
+        self.evaluator = Evaluator(self.problem)
         self.steps = 0
-        self.history: list[Evaluation] = []
+        self.trials = 0
+        self.last = math.nan
+        self.finished = False
         self.coverage: str | None = None
 
     def run(self) -> Run:
@@ -131,13 +131,15 @@ class _Trial:
         model, criterion = self._start()
         # Whatever goes wrong here goes wrong in the attempt too, and is recorded there.
         with contextlib.suppress(Exception), self._optimizer(model, criterion) as optimizer:
+            if isinstance(optimizer, Solver):
+                optimizer.solve(*self.problem.train, self.problem.loss_scale, _stop)
             self._step(model, criterion, optimizer, *next(batches(self.problem, self.seed)))
-        self.coverage = None
+        self.coverage, self.trials = None, 0
 
     def _attempt(self) -> str | None:
         model, criterion = self._start()
         try:
-            self._evaluate(model)
+            self.last = self.evaluator.evaluate(model, 0.0, 0)
         except Exception as error:
             raise SpecError(
                 f"{self.problem.name} cannot be evaluated ({one_line(error)}); "
@@ -145,7 +147,10 @@ class _Trial:
             ) from error
         try:
             with self._optimizer(model, criterion) as optimizer:
-                return self._train(model, criterion, optimizer)
+                failure = self._train(model, criterion, optimizer)
+            if failure is None:
+                self.evaluator.unseal(model)
+            return failure
         except (SpecError, MissingExtraError):
             raise
         except Exception as error:  # Whatever an optimizer throws is its result; the other runs go on.
@@ -169,50 +174,68 @@ class _Trial:
                 optimizer.close()
 
     def _train(self, model: nn.Module, criterion: nn.Module, optimizer: Stepper) -> str | None:
+        if isinstance(optimizer, Solver):
+            return self._drive(model, optimizer)
         source = batches(self.problem, self.seed)
-        fraction, last = 0.0, self.history[-1].loss
-        while fraction < 1:
+        failure = None
+        while not self.finished and failure is None:
             with self.clock:
                 loss = self._step(model, criterion, optimizer, *next(source))
-            self.steps += 1
-            seconds = self.clock.seconds
-            fraction = self.budget.fraction(seconds, self.steps, self.problem.steps_per_epoch)
-            if self.schedule.due(seconds, self.steps) or fraction >= 1 or not math.isfinite(loss):
-                last = self._evaluate(model)
-                if not math.isfinite(last):
-                    return f"the training loss is {last}"
-            if self.progress is not None:
-                self.progress(Progress(self.spec.label, self.seed, self.steps, seconds, fraction, last))
+            self.trials += getattr(getattr(optimizer, "last", None), "trials", 0)
+            failure = self._after_step(model, loss)
+        return failure
+
+    def _drive(self, model: nn.Module, solver: Solver) -> str | None:
+        """Lets an optimizer run that drives itself; the clock stands still while its iterations are evaluated."""
+        self.steps_per_epoch = 1  # It takes all data at once.
+        self.schedule = Schedule(self.budget, self.steps_per_epoch)
+        failure: str | None = None
+
+        def tick(loss: float) -> None:
+            nonlocal failure
+            with self.clock.paused():
+                self.trials = solver.trials
+                failure = self._after_step(model, loss)
+                if failure is not None or self.finished:
+                    raise _Finished
+
+        with contextlib.suppress(_Finished), self.clock:
+            solver.solve(*self.problem.train, self.problem.loss_scale, tick)
+        return failure
+
+    def _after_step(self, model: nn.Module, loss: float) -> str | None:
+        """Counts, evaluates if due and tells; what is wrong, or None."""
+        self.steps += 1
+        seconds = self.clock.seconds
+        fraction = self.budget.fraction(seconds, self.steps, self.steps_per_epoch)
+        near = self.until is not None and loss <= self.until
+        if self.schedule.due(seconds, self.steps) or fraction >= 1 or near or not math.isfinite(loss):
+            self.last = self.evaluator.evaluate(model, seconds, self.steps)
+            if not math.isfinite(self.last):
+                return f"the training loss is {self.last}"
+        self.finished = fraction >= 1 or (self.until is not None and self.last <= self.until)
+        if self.progress is not None:
+            used = 1.0 if self.finished else fraction
+            self.progress(Progress(self.spec.label, self.seed, self.steps, seconds, used, self.last))
         return None
 
     def _step(
         self, model: nn.Module, criterion: nn.Module, optimizer: Stepper, inputs: Tensor, targets: Tensor
     ) -> float:
+        def closure() -> Tensor:
+            self.trials += 1
+            optimizer.zero_grad()
+            loss = self.problem.loss(model(inputs), targets, criterion)
+            loss.backward()
+            return loss
+
         if self.entry.closure:
-
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                loss: Tensor = criterion(model(inputs), targets)
-                loss.backward()
-                return loss
-
             return float(optimizer.step(closure).detach())
         optimizer.zero_grad()
-        loss = criterion(model(inputs), targets)
+        loss = self.problem.loss(model(inputs), targets, criterion)
         loss.backward()
         optimizer.step()
         return float(loss.detach())
-
-    def _evaluate(self, model: nn.Module) -> float:
-        problem = self.problem
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss = float(problem.criterion(_outputs(model, problem.train[0]), problem.train[1]))
-            test = None if problem.test is None else problem.score(_outputs(model, problem.test[0]), problem.test[1])
-        model.train(was_training)
-        self.history.append(Evaluation(self.clock.seconds, self.steps, loss, test))
-        return loss
 
     def _record(self, failure: str | None) -> Run:
         return Run(
@@ -222,11 +245,16 @@ class _Trial:
             steps=self.steps,
             seconds=self.clock.seconds,
             cpu_seconds=self.clock.cpu_seconds,
-            history=tuple(self.history),
+            trials=self.trials or None,
+            history=tuple(self.evaluator.history),
             targets=self.problem.targets,
             failure=failure,
             coverage=self.coverage,
         )
+
+
+def _stop(loss: float) -> None:
+    raise _Finished
 
 
 def batches(problem: Problem, seed: int) -> Iterator[Split]:
@@ -248,9 +276,3 @@ def batches(problem: Problem, seed: int) -> Iterator[Split]:
         order = torch.randperm(len(inputs), generator=generator)
         for rows in torch.split(order, problem.batch_size):
             yield inputs[rows], targets[rows]
-
-
-def _outputs(model: nn.Module, inputs: Tensor) -> Any:
-    if len(inputs) <= _CHUNK:
-        return model(inputs)
-    return torch.cat([model(chunk) for chunk in torch.split(inputs, _CHUNK)])

@@ -9,9 +9,9 @@ class Schedule:
     """Says after which steps a run is evaluated.
 
     With mini-batches: after each epoch, which costs a third of the epoch or less. With the full batch: after
-    each of the first steps, then at intervals of a twentieth of the steps so far, so that times of arrival
-    are known to 5 %. Either way no more than a twentieth of the budget passes between two evaluations, so
-    that a short run is a curve too.
+    each of the first 399 steps, then at intervals of a two-hundredth of the steps so far, so that times of
+    arrival are known exactly, later to 0.5 %. Either way no more than a twentieth of the budget passes
+    between two evaluations, so that a short run is a curve too.
 
     Args:
         budget: The limit of the run.
@@ -19,6 +19,7 @@ class Schedule:
     """
 
     _PARTS = 20
+    _FINE = 200
 
     def __init__(self, budget: Budget, steps_per_epoch: int) -> None:
         self._budget = budget
@@ -41,7 +42,7 @@ class Schedule:
         if self._steps_per_epoch > 1:
             due = steps % self._steps_per_epoch == 0
         else:
-            due = steps - self._last_step >= max(1, steps // self._PARTS)
+            due = steps - self._last_step >= max(1, steps // self._FINE)
         if not due and part == self._last_part:
             return False
         self._last_step, self._last_part = steps, part

@@ -1,18 +1,19 @@
-"""The data sets that scikit-learn carries with it: digits, wine, breast-cancer, diabetes."""
+"""The data sets that scikit-learn carries with it: digits (classes or regression), wine, breast-cancer, diabetes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from pullback.problems.errors import SpecError, missing_extra, nearest
+from pullback.problems.errors import missing_extra
 from pullback.problems.models import mlp, seeded
-from pullback.problems.problem import Problem, Split
+from pullback.problems.preparation import DTYPES, at_least, dtype_of, standardise
+from pullback.problems.problem import Problem, Split, accuracy
 from pullback.problems.registry import register
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @register("digits")
@@ -31,19 +32,57 @@ def digits(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float
         SpecError: If the dtype or a size makes no sense.
         MissingExtraError: If scikit-learn is not installed.
     """
-    train, test = _load("digits", _dtype("digits", dtype))
-    widths = [64, _width("digits", width), max(1, width // 2), 10]
+    train, test = _load("digits", dtype_of("digits", dtype))
+    widths = [64, at_least("digits", "width", width), max(1, width // 2), 10]
     return Problem(
         name="digits",
-        make_model=seeded(lambda: mlp(widths, nn.Tanh, _DTYPES[dtype])),
+        make_model=seeded(lambda: mlp(widths, nn.Tanh, DTYPES[dtype])),
         train=(train[0] / 16, train[1]),
         test=(test[0] / 16, test[1]),
         criterion=nn.CrossEntropyLoss(),
         batch_size=batch_size,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         targets=(1e-1, 1e-2),
         description="scikit-learn digits, tanh MLP, cross-entropy",
     )
+
+
+@register("digits-regression")
+def digits_regression(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float32") -> Problem:
+    """Handwritten digits as regression to one-hot targets: tanh MLP 64-64-32-10, squared error, mini-batches.
+
+    Args:
+        width: First hidden width; the second is half of it.
+        batch_size: Rows per step, or None for all.
+        dtype: "float32" or "float64".
+
+    Returns:
+        The problem: 1437 training and 360 test rows, pixels divided by 16, targets of shape (N, 10); the test
+        metric is the accuracy of the largest output.
+
+    Raises:
+        SpecError: If the dtype or a size makes no sense.
+        MissingExtraError: If scikit-learn is not installed.
+    """
+    classes = digits(width=width, batch_size=batch_size, dtype=dtype)
+    assert classes.test is not None
+    return replace(
+        classes,
+        name="digits-regression",
+        train=(classes.train[0], one_hot(classes.train[1]).to(classes.dtype)),
+        test=(classes.test[0], one_hot(classes.test[1]).to(classes.dtype)),
+        criterion=nn.MSELoss(),
+        test_metric=_one_hot_accuracy,
+        targets=(1e-2, 1e-3),
+        description="scikit-learn digits, tanh MLP, squared error of one-hot targets",
+    )
+
+
+def _one_hot_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return accuracy(outputs, targets.argmax(1))
+
+
+_one_hot_accuracy.__name__ = "accuracy"
 
 
 @register("wine")
@@ -101,17 +140,17 @@ def diabetes(*, width: int = 16, batch_size: int | None = None, dtype: str = "fl
         SpecError: If the dtype or a size makes no sense.
         MissingExtraError: If scikit-learn is not installed.
     """
-    train, test = _load("diabetes", _dtype("diabetes", dtype))
-    widths = [10, _width("diabetes", width), width, 1]
-    inputs, outputs = _standardise(train[0], test[0]), _standardise(train[1], test[1])
+    train, test = _load("diabetes", dtype_of("diabetes", dtype))
+    widths = [10, at_least("diabetes", "width", width), width, 1]
+    inputs, outputs = standardise(train[0], test[0]), standardise(train[1], test[1])
     return Problem(
         name="diabetes",
-        make_model=seeded(lambda: mlp(widths, nn.Tanh, _DTYPES[dtype])),
+        make_model=seeded(lambda: mlp(widths, nn.Tanh, DTYPES[dtype])),
         train=(inputs[0], outputs[0].unsqueeze(1)),
         test=(inputs[1], outputs[1].unsqueeze(1)),
         criterion=nn.MSELoss(),
         batch_size=batch_size,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         test_metric="rmse",
         targets=(0.1, 1e-3, 1e-6),
         description="scikit-learn diabetes, tanh MLP, squared error of the standardised target",
@@ -119,17 +158,17 @@ def diabetes(*, width: int = 16, batch_size: int | None = None, dtype: str = "fl
 
 
 def _standardised_classes(name: str, loader: str, width: int, batch_size: int | None, dtype: str) -> Problem:
-    train, test = _load(loader, _dtype(name, dtype))
-    inputs = _standardise(train[0], test[0])
-    widths = [inputs[0].shape[1], _width(name, width), width, int(train[1].max()) + 1]
+    train, test = _load(loader, dtype_of(name, dtype))
+    inputs = standardise(train[0], test[0])
+    widths = [inputs[0].shape[1], at_least(name, "width", width), width, int(train[1].max()) + 1]
     return Problem(
         name=name,
-        make_model=seeded(lambda: mlp(widths, nn.Tanh, _DTYPES[dtype])),
+        make_model=seeded(lambda: mlp(widths, nn.Tanh, DTYPES[dtype])),
         train=(inputs[0], train[1]),
         test=(inputs[1], test[1]),
         criterion=nn.CrossEntropyLoss(),
         batch_size=batch_size,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         targets=(1e-1, 1e-2, 1e-3),
         description=f"scikit-learn {name}, tanh MLP, cross-entropy",
     )
@@ -149,21 +188,3 @@ def _load(loader: str, dtype: torch.dtype) -> tuple[Split, Split]:
     x_train, x_test = (torch.tensor(part, dtype=dtype) for part in parts[:2])
     y_train, y_test = (torch.tensor(part, dtype=kind) for part in parts[2:])
     return (x_train, y_train), (x_test, y_test)
-
-
-def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance per column, by the training rows alone."""
-    mean, scale = train.mean(0), train.std(0, correction=0)
-    return (train - mean) / scale, (test - mean) / scale
-
-
-def _dtype(owner: str, name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise SpecError(f"dtype of {owner} cannot be {name!r}.{nearest(name, _DTYPES)}")
-    return _DTYPES[name]
-
-
-def _width(owner: str, width: int) -> int:
-    if width < 1:
-        raise SpecError(f"width of {owner} is {width}; give 1 or more.")
-    return width

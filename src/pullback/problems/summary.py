@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from pullback.problems.record import Run
+from pullback.problems.record import Json, Run
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Quartiles:
         median: The second.
         high: The third.
         count: Over how many values.
+        worst: The largest.
     """
 
     low: float
     median: float
     high: float
     count: int
+    worst: float
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Quartiles | None:
@@ -40,9 +42,50 @@ class Quartiles:
         if not numbers:
             return None
         if len(numbers) == 1:
-            return cls(numbers[0], numbers[0], numbers[0], 1)
+            return cls(numbers[0], numbers[0], numbers[0], 1, numbers[0])
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
-        return cls(low, median, high, len(numbers))
+        return cls(low, median, high, len(numbers), max(numbers))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When the runs of an optimizer reached a target level; a run that never did counts as later than all.
+
+    Attributes:
+        count: How many runs reached it.
+        runs: Of how many.
+        seconds: Median of the seconds to it, None if half of the runs or more never reached it.
+        worst_seconds: The seconds of the slowest run, None if one never reached it.
+        steps: Median of the steps, likewise.
+        worst_steps: The steps of the slowest run, likewise.
+    """
+
+    count: int
+    runs: int
+    seconds: float | None
+    worst_seconds: float | None
+    steps: float | None
+    worst_steps: float | None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], level: float) -> Arrival:
+        """Summarises arrivals.
+
+        Args:
+            runs: The runs of one optimizer, failed ones too; at least one.
+            level: The target level.
+
+        Returns:
+            The summary.
+        """
+        found = [run.arrival(level) for run in runs]
+        seconds = [math.inf if evaluation is None else evaluation.seconds for evaluation in found]
+        steps = [math.inf if evaluation is None else float(evaluation.step) for evaluation in found]
+        return cls(
+            sum(evaluation is not None for evaluation in found),
+            len(runs),
+            *(_finite(pick(values)) for values in (seconds, steps) for pick in (statistics.median, max)),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,9 +99,10 @@ class Summary:
         loss: Final training loss.
         test: Final test metric.
         steps: Steps taken.
+        trials: Trials per step, None for optimizers that try nothing.
         ms_per_step: Charged milliseconds per step.
         seconds: Charged seconds.
-        reached: For each target level, the seconds to it, over the runs that reached it.
+        reached: For each target level, when it was reached.
     """
 
     label: str
@@ -67,9 +111,19 @@ class Summary:
     loss: Quartiles | None
     test: Quartiles | None
     steps: Quartiles | None
+    trials: Quartiles | None
     ms_per_step: Quartiles | None
     seconds: Quartiles | None
-    reached: dict[float, Quartiles | None]
+    reached: dict[float, Arrival]
+
+    def to_json(self) -> Json:
+        """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
+
+        Returns:
+            A dictionary; for each quantity its median, quartiles, count and worst, or None.
+        """
+        values = asdict(self)
+        return values | {"reached": {f"{level:g}": asdict(arrival) for level, arrival in self.reached.items()}}
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:
@@ -95,7 +149,12 @@ def _summary(label: str, runs: Sequence[Run]) -> Summary:
         loss=Quartiles.of(run.loss for run in whole),
         test=Quartiles.of(run.test for run in whole),
         steps=Quartiles.of(run.steps for run in whole),
+        trials=Quartiles.of(run.trials_per_step for run in whole),
         ms_per_step=Quartiles.of(run.ms_per_step for run in whole),
         seconds=Quartiles.of(run.seconds for run in whole),
-        reached={level: Quartiles.of(run.reached.get(level) for run in runs) for level in levels},
+        reached={level: Arrival.of(runs, level) for level in levels},
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

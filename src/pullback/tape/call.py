@@ -22,6 +22,51 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+#: device type and dtype of an autocast region
+Region = tuple[str, torch.dtype]
+
+
+def region_of(device: str) -> Region | None:
+    """The autocast region we are in, None outside one."""
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+def inside(region: Region | None) -> AbstractContextManager[Any]:
+    """Enter such a region again."""
+    # The weights move between replays: a cache of their casts would be stale.
+    return nullcontext() if region is None else torch.autocast(region[0], dtype=region[1], cache_enabled=False)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Out of an autocast region, if in one."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class Entry:
+    """The moment a module is entered.
+
+    The tensors it was given reach it as aliases, so that the factor that arrives through this call alone can be
+    told from what others who use the same tensor send back. Like a call it lives in the metadata of autograd
+    nodes (of those aliases) and never refers to one.
+
+    Attributes:
+        module: the module.
+        order: position in time among all entries and calls.
+        root: serial number of the call of the model it belongs to.
+        turn: how many times the module had been entered in that call of the model.
+        given: the tensors it was given, detached, each with its version.
+    """
+
+    __slots__ = ("given", "module", "order", "root", "turn")
+
+    def __init__(self, module: nn.Module, root: int, turn: int) -> None:
+        self.module = module
+        self.order = next(_clock)
+        self.root = root
+        self.turn = turn
+        self.given: list[tuple[Tensor, int]] = []
+
+
 class Call:
     """One call of one module: what went in, and nothing that would keep the graph alive.
 
@@ -35,9 +80,11 @@ class Call:
         kwargs: its keyword arguments.
         order: position in time among all calls.
         outputs: number of tensors it returned.
+        entry: when it began, if the recorder listens to entries.
+        returned: what it returned, detached, with versions, likewise.
     """
 
-    __slots__ = ("_versions", "args", "kwargs", "module", "order", "outputs")
+    __slots__ = ("_versions", "args", "entry", "kwargs", "module", "order", "outputs", "returned")
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
         self.module = module
@@ -45,6 +92,8 @@ class Call:
         self.kwargs = kwargs
         self.outputs = outputs
         self.order = next(_clock)
+        self.entry: Entry | None = None
+        self.returned: list[tuple[Tensor, int]] = []
         self._versions = [t._version for t in args if isinstance(t, Tensor)]
 
     def batch(self) -> int | None:
@@ -87,9 +136,10 @@ class RootCall(Call):
         rows: length of the first axis of the first tensor it returned.
         grad: whether an input required grad (the replay then records a graph too).
         autocast: device type and dtype of the autocast region it ran in, None outside one.
+        serial: number of this call among the calls of the model.
     """
 
-    __slots__ = ("autocast", "grad", "rng", "rows")
+    __slots__ = ("autocast", "grad", "rng", "rows", "serial")
 
     def __init__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Sequence[Tensor]
@@ -97,18 +147,14 @@ class RootCall(Call):
         super().__init__(module, args, kwargs, len(returned))
         self.rows = next((int(t.shape[0]) for t in returned if t.ndim), None)
         self.rng: Tensor | None = None
+        self.serial = -1
         found = tensors((args, kwargs))
         self.grad = any(t.requires_grad for t in found)
-        device = found[0].device.type if found else "cpu"
-        on = torch.is_autocast_enabled(device)
-        self.autocast = (device, torch.get_autocast_dtype(device)) if on else None
+        self.autocast = region_of(found[0].device.type if found else "cpu")
 
     def context(self) -> AbstractContextManager[Any]:
         """The autocast region to run the call in again."""
-        if self.autocast is None:
-            return nullcontext()
-        # The weights move between replays: a cache of their casts would be stale.
-        return torch.autocast(self.autocast[0], dtype=self.autocast[1], cache_enabled=False)
+        return inside(self.autocast)
 
 
 @dataclass

@@ -115,10 +115,11 @@ def refuse_mixing(found: Reached, mixed: set[int], recorder: Recorder) -> None:
     for call, _ in found.calls:
         m = call.module
         if uses_batch_statistics(m) and recorder.name_of(m) not in recorder.frozen:
+            # With feedback the weights move within a pass, and the statistics would with them.
+            hold = "hold its statistics constant there with batch_norm='frozen', " * (recorder.wiring == "none")
             raise MixingError(
                 f"'{recorder.name_of(m)}' ({type(m).__name__}) mixes the samples of a batch in training mode, so the "
-                "metric has no rows; hold its statistics constant there with batch_norm='frozen', call .eval() on it, "
-                "or use GroupNorm."
+                f"metric has no rows; {hold}call .eval() on it, or use GroupNorm."
             )
     for call, _ in found.calls:
         if isinstance(call, RootCall) and id(call) in mixed:

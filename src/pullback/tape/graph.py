@@ -25,16 +25,21 @@ class Reached:
             the prediction, by output index.
         roots: calls of the whole model among them.
         params: ids of the parameters reached.
+        inputs: edges of the aliases that modules were given, by id of the entry and number of the tensor.
+        wiring: a hash of the whole graph, where modules were given aliases: what holds for the tensors between them
+            does not hold if the same modules are joined in another way.
     """
 
     calls: list[tuple[Call, dict[int, GradientEdge]]] = field(default_factory=list)
     roots: list[RootCall] = field(default_factory=list)
     params: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, dict[int, GradientEdge]] = field(default_factory=dict)
+    wiring: int = 0
 
     def only(self, modules: Container[int]) -> Reached:
         """The calls of some modules (by id), for a sweep that needs no others."""
         kept = [(call, edges) for call, edges in self.calls if id(call.module) in modules]
-        return Reached(kept, self.roots, self.params)
+        return Reached(kept, self.roots, self.params, self.inputs, self.wiring)
 
     @property
     def flat(self) -> list[tuple[Call, GradientEdge]]:
@@ -56,7 +61,8 @@ def reach(edge: GradientEdge, key: str) -> Reached:
     """
     found: dict[int, tuple[Call, dict[int, GradientEdge]]] = {}
     out = Reached()
-    seen, stack = {edge.node}, [edge.node]
+    seen, stack, links = {edge.node: 0}, [edge.node], list[int]()
+    entering = key + ".in"
     while stack:
         node = stack.pop()
         following = node.next_functions
@@ -65,12 +71,22 @@ def reach(edge: GradientEdge, key: str) -> Reached:
             if variable is not None:
                 out.params[id(variable)] = variable
             continue
-        for call, index, number in notes(node).get(key, ()):
-            found.setdefault(id(call), (call, {}))[1][index] = GradientEdge(node, number)
-        for child, _ in following:
-            if child is not None and child not in seen:
-                seen.add(child)
+        written = notes(node)
+        if written:
+            for call, index, number in written.get(key, ()):
+                found.setdefault(id(call), (call, {}))[1][index] = GradientEdge(node, number)
+            if entering in written:
+                entry, index = written[entering]
+                out.inputs.setdefault(id(entry), {})[index] = GradientEdge(node, 0)
+        for child, number in following:
+            if child is None:
+                continue
+            if child not in seen:
+                seen[child] = len(seen)
                 stack.append(child)
+            links += (seen[child], number)
+    if out.inputs:
+        out.wiring = hash(tuple(links))
     out.calls = sorted(found.values(), key=lambda item: item[0].order)
     out.roots = [call for call, _ in out.calls if isinstance(call, RootCall)]
     return out

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from pullback.errors import CoverageError
 from pullback.tape.call import Call, CallFactor
+from pullback.tape.memory import Sizes
 from pullback.tape.rules import Rows, find_rule, generic_rows
 from pullback.tape.sweep import Strategy
+
+if TYPE_CHECKING:
+    from pullback.tape.wires import Wires
 
 
 @dataclass
@@ -31,6 +37,17 @@ class Unit:
         """The wanted parameters."""
         return [self.module.get_parameter(name) for name in self.wanted]
 
+    @property
+    def numbers(self) -> int:
+        """Numbers in the wanted parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def dense(self) -> bool:
+        """Whether its rows are formed one by one."""
+        rule = find_rule(self.module)
+        return rule is None or rule.dense or any("." in name for name in self.wanted)
+
     def rows(self, calls: Sequence[CallFactor], N: int) -> Rows:
         """Rows of the wanted parameters from the module's calls in one term."""
         rule = find_rule(self.module)
@@ -47,14 +64,32 @@ class Plan:
         units: who gives rows to whom.
         strategy: how columns are swept.
         seconds: what each strategy took when it was timed.
+        sizes: what it holds per row.
+        wires: the tensors between modules, where feedback needs them.
     """
 
     units: list[Unit]
+    sizes: Sizes
     strategy: Strategy = "loop"
     seconds: dict[Strategy, float] = field(default_factory=dict)
+    wires: Wires | None = None
 
     def __post_init__(self) -> None:
         self.modules = {id(unit.module) for unit in self.units}
+
+
+def formed(units: Sequence[Unit]) -> dict[str, float]:
+    """Numbers per row by name of the units whose rows are formed one by one.
+
+    Units that share a parameter are among them: their rows are added up.
+    """
+    uses = Counter(id(p) for unit in units for p in unit.parameters())
+    out = {}
+    for unit in units:
+        tied = any(uses[id(p)] > 1 for p in unit.parameters())
+        if unit.dense or tied:
+            out[unit.name or "(model)"] = float(unit.numbers) * (1 + tied)
+    return out
 
 
 class Names:

@@ -12,13 +12,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from pullback.tape.call import Call, RootCall
+from pullback.tape.call import Call, Entry, RootCall
 from pullback.tape.nest import mapped, tensors
 
 _serial = itertools.count()
@@ -86,20 +86,44 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
+#: what is seen of the wires between modules: nothing, what the model returns, or all that enters or leaves a module
+Wiring = Literal["none", "ends", "all"]
+
+
+class Listener(Protocol):
+    """Follows a model that is run again while nothing is recorded."""
+
+    def begins(self) -> None:
+        """The model is called."""
+
+    def enters(self, module: nn.Module, given: list[Tensor]) -> None:
+        """A module is called."""
+
+    def leaves(self, module: nn.Module, returned: list[Tensor]) -> None:
+        """A module has returned."""
+
+
 class Recorder:
     """Remembers the calls of a model's modules while gradients are recorded.
 
     Args:
         model: the model; it is held weakly.
         freeze: whether sweeps hold the statistics of BatchNorm layers constant.
+        wiring: what is remembered of the tensors between modules, for feedback.
 
     Attributes:
+        listener: told of entries and exits while nothing is recorded.
         sweeping: True while factors are pulled back (and not in the user's own backward pass).
         frozen: names of the BatchNorm layers whose statistics were held constant.
     """
 
-    def __init__(self, model: nn.Module, freeze: bool = False) -> None:
+    def __init__(self, model: nn.Module, freeze: bool = False, wiring: Wiring = "none") -> None:
         self.key = f"pullback-{next(_serial)}"
+        self.wiring = wiring
+        self.listener: Listener | None = None
+        self._open: list[Entry] = []
+        self._turns: dict[int, int] = {}
+        self._root = -1
         self.enabled = True
         self.sweeping = False
         self.frozen: dict[str, None] = {}
@@ -111,6 +135,10 @@ class Recorder:
         hook = Hook(self, "_called")
         for module in model.modules():
             if module is not model and any(True for _ in module.parameters()):
+                if wiring == "all":
+                    # In front of hooks that compute weights from parameters (pruning), which move on entry.
+                    entered = Hook(self, "_entered")
+                    self.hold(module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True))
                 self.hold(module.register_forward_hook(hook, with_kwargs=True))
         self.hold(model.register_forward_pre_hook(Hook(self, "_root_enters")))
         self.hold(model.register_forward_hook(Hook(self, "_root_called"), with_kwargs=True))
@@ -122,6 +150,11 @@ class Recorder:
     def close(self) -> None:
         """Remove every hook."""
         self._finalizer()
+
+    @property
+    def roots(self) -> int:
+        """How many calls of the model were recorded so far."""
+        return self._root + 1
 
     @property
     def active(self) -> bool:
@@ -148,11 +181,61 @@ class Recorder:
                 edge = get_gradient_edge(leaf)
                 notes(edge.node).setdefault(self.key, []).append((call, index, edge.output_nr))
 
+    @contextmanager
+    def heard(self, listener: Listener) -> Iterator[None]:
+        """Tell ``listener`` of every entry and exit inside."""
+        self.listener = listener
+        try:
+            yield
+        finally:
+            self.listener = None
+
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.listener is not None:
+            self.listener.enters(module, tensors((args, kwargs)))
+            return None
+        if not self.active:
+            return None
+        turn = self._turns.get(id(module), 0)
+        self._turns[id(module)] = turn + 1
+        entry = Entry(module, self._root, turn)
+        # Detached: a tensor that knew its node, which knows the entry, could never be collected.
+        entry.given = [(t.detach(), t._version) for t in tensors((args, kwargs))]
+        self._open.append(entry)
+        numbers = itertools.count()
+
+        def aliased(t: Tensor) -> Tensor:
+            index = next(numbers)
+            if not t.requires_grad or t.grad_fn is None:
+                return t
+            alias = t.view_as(t)
+            notes(get_gradient_edge(alias).node).setdefault(self.key + ".in", (entry, index))
+            return alias
+
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # by far the most common
+            return (aliased(args[0]),), kwargs
+        return mapped(aliased, (args, kwargs))
+
+    def _closes(self, call: Call, output: Any) -> None:
+        """Join a call with its entry; entries that an exception left open are dropped."""
+        while self._open:
+            entry = self._open.pop()
+            if entry.module is call.module:
+                call.entry = entry
+                break
+        call.returned = [(t.detach(), t._version) for t in tensors(output)]
+
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.listener is not None:
+            self.listener.leaves(module, tensors(output))
+            return None
         if not self.active:
             return None
         output, changed = _apart(output)
-        self._write(Call(module, args, kwargs, len(tensors(output))), output)
+        call = Call(module, args, kwargs, len(tensors(output)))
+        if self.wiring == "all":
+            self._closes(call, output)
+        self._write(call, output)
         if self._freeze and uses_batch_statistics(module):
             self._hold_statistics(module, args, output)
         return output if changed else None
@@ -178,14 +261,24 @@ class Recorder:
         output.grad_fn.register_hook(constant)
 
     def _root_enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.active:
+        if self.listener is not None:
+            self.listener.begins()
+        elif self.active:
             self._rng = torch.get_rng_state()
+            self._root += 1
+            self._open, self._turns = [], {}
 
     def _root_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.listener is not None:
+            self.listener.leaves(module, tensors(output))
+            return None
         if not self.active:
             return None
         output, changed = _apart(output)
         call = RootCall(module, args, kwargs, tensors(output))
+        call.serial = self._root
+        if self.wiring != "none":
+            call.returned = [(t.detach(), t._version) for t in tensors(output)]
         if self._rng is not None and not torch.equal(self._rng, torch.get_rng_state()):
             call.rng = self._rng
         self._rng = None

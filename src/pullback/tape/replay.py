@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from pullback.errors import StepError
+from pullback.tape.call import Region, RootCall, inside
 from pullback.tape.nest import mapped, tensors
 from pullback.tape.term import Term
 
 
 def replayable(terms: Sequence[Term]) -> bool:
     """Whether every term can be evaluated without the user's help."""
-    return all(term.use.path is not None and term.use.criterion is not None for term in terms)
+    # A prediction may rest on several calls of the model, one fed by another: repeating the last would not do.
+    return all(
+        term.use.criterion is not None and term.use.path is not None and term.roots == [term.use.path.root]
+        for term in terms
+    )
 
 
 def inputs_finite(terms: Sequence[Term]) -> bool:
@@ -29,7 +34,8 @@ def inputs_finite(terms: Sequence[Term]) -> bool:
 def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
     """Loss of the terms at the model's present weights, a scalar without a graph.
 
-    Random draws inside the model repeat those of the captured call (the same dropout mask).
+    Random draws inside the model repeat those of the captured call (the same dropout mask). The calls are made in
+    the order of the captured ones, which need not be that of the backward passes: a passage moves weights on the way.
 
     Args:
         model: the model.
@@ -38,10 +44,9 @@ def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
     total: Tensor | None = None
     outputs: dict[int, list[Tensor]] = {}
     with untouched(model):
-        for term in terms:
+        for term, root in sorted(((term, root_of(term)) for term in terms), key=lambda pair: pair[1].serial):
             path = term.use.path
             assert path is not None
-            root = path.root
             with torch.set_grad_enabled(root.grad):
                 if id(root) not in outputs:
                     if root.rng is not None:
@@ -53,6 +58,32 @@ def replay(model: nn.Module, terms: Sequence[Term]) -> Tensor:
             total = value if total is None else total + value
     assert total is not None
     return total
+
+
+def root_of(term: Term) -> RootCall:
+    """The call of the model that is repeated for a replayable term."""
+    assert term.use.path is not None
+    return term.use.path.root
+
+
+def in_time(roots: Iterable[RootCall]) -> list[RootCall]:
+    """Calls of the model, each once, in the order in which they were made."""
+    return sorted({id(root): root for root in roots}.values(), key=lambda root: root.serial)
+
+
+def rerun(model: nn.Module, terms: Sequence[Term]) -> None:
+    """Call the model again as it was called for the terms, without a loss.
+
+    Args:
+        model: the model.
+        terms: terms of a linearisation.
+    """
+    with untouched(model):
+        for root in in_time(root for term in terms for root in term.roots):
+            with torch.set_grad_enabled(root.grad), root.context():
+                if root.rng is not None:
+                    torch.set_rng_state(root.rng)
+                model(*root.args, **root.kwargs)
 
 
 @contextmanager
@@ -79,11 +110,17 @@ class ClosureReplay:
     Args:
         model: the model.
         closure: returns the loss; may call ``backward``.
+        rng: state of the CPU generator before the closure's first run; None to draw afresh.
+        autocast: the autocast region of that run.
     """
 
-    def __init__(self, model: nn.Module, closure: Callable[[], Any]) -> None:
+    def __init__(
+        self, model: nn.Module, closure: Callable[[], Any], rng: Tensor | None = None, autocast: Region | None = None
+    ) -> None:
         self.model = model
         self.closure = closure
+        self.rng = rng
+        self.autocast = autocast
 
     def __call__(self) -> Tensor:
         """The loss at the model's present weights, detached."""
@@ -106,7 +143,9 @@ class ClosureReplay:
             self.model.register_forward_hook(leave, always_call=True),
         ]
         try:
-            with untouched(self.model), torch.enable_grad():
+            with untouched(self.model), torch.enable_grad(), inside(self.autocast):
+                if self.rng is not None:
+                    torch.set_rng_state(self.rng)
                 return as_loss(self.closure())
         finally:
             for handle in handles:

@@ -65,4 +65,4 @@ def structure(found: Reached, use: LossUse, r: int, N: int) -> Any:
     calls = tuple((id(call.module), call.module.training, call.shape) for call, _ in found.calls)
     trained = tuple(found.params)
     # What one sample alone showed (it cannot mix with others) does not hold for several.
-    return calls, trained, tuple(use.z.shape[1:]), r, N > 1, use.path is None
+    return calls, trained, tuple(use.z.shape[1:]), r, N > 1, use.path is None, found.wiring

@@ -37,8 +37,9 @@ def loop(z: GradientEdge, edges: Sequence[GradientEdge], S: Tensor) -> list[Tens
     """
     if S.shape[0] == 1:
         return [g[None] for g in _grad(z, edges, S[0])]
-    columns = [_grad(z, edges, column) for column in S]
-    return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+    columns = [list(_grad(z, edges, column)) for column in S]
+    # Edge by edge from the last, each part given up once it is copied: never two copies of everything.
+    return [torch.stack([column.pop() for column in columns]) for _ in edges][::-1]
 
 
 def vmap(z: GradientEdge, edges: Sequence[GradientEdge], S: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,15 +19,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pullback.errors import CoverageError, MetricError
 from pullback.metric import Criteria, Heads, Metrics, cell_weights, resolve_all
 from pullback.tape import sweep
-from pullback.tape.call import wide
+from pullback.tape.call import region_of, wide, without_autocast
 from pullback.tape.checks import NotFiniteError, missed, mixed_calls, refuse_mixing
 from pullback.tape.fold import can_fold, folded
 from pullback.tape.graph import Reached, path_to, reach
+from pullback.tape.memory import Room, Sizes, memory_budget
 from pullback.tape.nest import mapped, tensors
-from pullback.tape.plan import Names, Plan, assign, usable_calls
-from pullback.tape.recorder import Hook, Recorder
+from pullback.tape.plan import Names, Plan, Unit, assign, formed, usable_calls
+from pullback.tape.recorder import Hook, Recorder, Wiring
 from pullback.tape.structure import samples, structure
 from pullback.tape.term import LossUse, Term, gather
+from pullback.tape.wires import ports_of, wires_of
 
 
 class Tape:
@@ -43,6 +45,8 @@ class Tape:
         batch_norm: ``"refuse"`` BatchNorm on batch statistics, or hold them constant: ``"frozen"``.
         mine: ids of the parameters to give rows to; None for all that require grad.
         lenient: whether parameters that cannot be given rows are collected in ``strays`` or refused.
+        wiring: which tensors between modules get their factors too, for feedback.
+        memory: bytes that the factors of a step may take; None for half of the machine's.
 
     Attributes:
         losses: every criterion with its metric.
@@ -62,6 +66,8 @@ class Tape:
         batch_norm: str = "refuse",
         mine: Callable[[], Set[int]] | None = None,
         lenient: bool = False,
+        wiring: Wiring = "none",
+        memory: float | None = None,
     ) -> None:
         if strategy not in ("auto", *sweep.STRATEGIES):
             raise ValueError(f"sweep must be 'auto', 'loop', 'vmap' or 'fold', got {strategy!r}.")
@@ -74,11 +80,12 @@ class Tape:
         self.strays: dict[int, str] = {}
         self._mine = mine
         self._lenient = lenient
+        self.memory = memory
         self.strategy = strategy
         self.terms: list[Term] = []
         self.finite = True
         self.plans: dict[Any, Plan] = {}
-        self.recorder = Recorder(model, freeze=batch_norm == "frozen")
+        self.recorder = Recorder(model, batch_norm == "frozen", wiring)
         self.names = Names(model)
         self._model = weakref.ref(model)
         self._busy = False
@@ -128,9 +135,7 @@ class Tape:
         (node, number), *_ = alias.grad_fn.next_functions
         assert node is not None
         use = LossUse(GradientEdge(node, number), alias.detach(), criterion, others, rest, output.detach())
-        device = alias.device.type
-        if torch.is_autocast_enabled(device):
-            use.autocast = (device, torch.get_autocast_dtype(device))
+        use.autocast = region_of(alias.device.type)
         self._await(use, alias, output)
 
     def _model_called(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -180,7 +185,7 @@ class Tape:
             return
         self._busy = self.recorder.sweeping = True
         try:
-            with self.recorder.paused(), torch.no_grad():
+            with self.recorder.paused(), torch.no_grad(), without_autocast(use.z.device.type):
                 found = reach(use.edge, self.recorder.key)
                 if found.calls:  # else the criterion was lent to another model
                     self.terms.append(self._pull_back(use, found, costate))
@@ -191,7 +196,8 @@ class Tape:
 
     def _pull_back(self, use: LossUse, found: Reached, costate: Tensor) -> Term:
         start = time.perf_counter()
-        if use.upstream is not None and use.upstream.numel() and float(use.upstream.min()) < 0:
+        up = use.upstream
+        if up is not None and up.numel() and float(up if up.ndim == 0 else up.min()) < 0:
             raise MetricError("The loss enters the objective with a negative weight; minimise it instead.")
         N = samples(use, found)
         metric = self._metrics[id(use.criterion)]
@@ -200,6 +206,7 @@ class Tape:
         weight = cell_weights(use.criterion, metric, z, use.target, N, *use.rest)
         if use.upstream is not None:
             weight = weight * use.upstream.to(weight.dtype)
+        self._room().allow_factor(z, metric.columns(z, N), N)
         S = metric.factor(z, weight, N, use.target)
         e0 = metric.coordinates(z, weight, costate, N, use.target)
         mine = self._mine() if self._mine is not None else found.params.keys()
@@ -215,8 +222,10 @@ class Tape:
                 raise NotFiniteError
             plan = self._make_plan(use, found, N, S.to(use.z.dtype), costate.to(use.z.dtype))
             self.plans[key] = plan
-        found = found.only(plan.modules)
-        columns = self._columns(plan.strategy, use, found, S.to(use.z.dtype))
+        every, found = found, found.only(plan.modules)
+        between = [] if plan.wires is None else plan.wires.edges(every)
+        strategy = self._room().affordable(plan.sizes, S, N, plan.strategy, self.strategy == "auto")
+        columns = self._columns(strategy, use, found, S.to(use.z.dtype), between)
         return Term(
             use=use,
             exact=metric.exact,
@@ -226,17 +235,21 @@ class Tape:
             factors=gather(found, columns, S.shape[0]),
             plan=plan,
             roots=found.roots,
+            ports=ports_of(plan.wires, every, N, columns[len(found.edges) :]),
             seconds=time.perf_counter() - start,
+            held=plan.sizes.held(S.shape[0] * N, S.dtype),
         )
 
-    def _columns(self, strategy: str, use: LossUse, found: Reached, S: Tensor) -> list[Tensor]:
+    def _columns(
+        self, strategy: str, use: LossUse, found: Reached, S: Tensor, between: Sequence[GradientEdge] = ()
+    ) -> list[Tensor]:
         if strategy == "fold":
             model = self._model()
             assert model is not None
             return folded(model, self.recorder, use, found, S)
         way = sweep.vmap if strategy == "vmap" else sweep.loop
         try:
-            return way(use.edge, found.edges, S)
+            return way(use.edge, [*found.edges, *between], S)
         except RuntimeError as error:
             for (call, _), reached in zip(found.flat, sweep.connected(use.edge, found.edges, S[0]), strict=True):
                 if not reached:
@@ -245,6 +258,22 @@ class Tape:
                         "the prediction depends on it; if the model is compiled, give the optimizer the original."
                     ) from error
             raise
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def _room(self) -> Room:
+        budget = memory_budget() if self.memory is None else self.memory
+        return Room(budget, sum(term.held for term in self.terms))
+
+    def _sized(self, units: list[Unit], use: LossUse, found: Reached, S: Tensor, N: int) -> Plan:
+        """A plan, if what it holds fits."""
+        modules = {id(unit.module) for unit in units}
+        wires = None if self.recorder.wiring == "none" else wires_of(use, found, N, modules)
+        between = [] if wires is None else wires.edges(found)
+        edges = [*found.only(modules).edges, *between]
+        plan = Plan(units, Sizes.of(use.edge, edges, formed(units), N), wires=wires)
+        self._room().affordable(plan.sizes, S, N, "loop", True)
+        return plan
 
     # -- decided once per structure ---------------------------------------------------------------------
 
@@ -255,10 +284,12 @@ class Tape:
         trained = found.params
         strays = self.strays if self._lenient else None
         units = assign(self.names, usable, trained, strays=strays)
+        self._sized(units, use, found, S, N)  # the check itself makes rows
         wrong = missed(units, use, found, N, costate)
         if wrong:
             # A parameter that is also used outside the calls of its module: ask the whole model.
             units = assign(self.names, usable, trained, set(wrong), strays)
+            self._sized(units, use, found, S, N)
             wrong = missed(units, use, found, N, costate)
         if wrong and strays is not None:
             strays.update(dict.fromkeys(wrong, "its rows do not reproduce its gradient"))
@@ -271,21 +302,24 @@ class Tape:
                 f"The rows of '{name}' do not reproduce its gradient (relative error {error:.1e}): it is used "
                 "in a way that mixes samples or that the forward hides; freeze it or change that use."
             )
-        plan = Plan(units)
+        plan = self._sized(units, use, found, S, N)
+        wiring = self.recorder.wiring
         found = found.only(plan.modules)
         if self.strategy == "auto":
+            room = self._room()
             candidates: dict[sweep.Strategy, Callable[[], list[Tensor]]] = {
                 name: (lambda name=name: self._columns(name, use, found, S))  # type: ignore[misc]
                 for name in sweep.STRATEGIES
-                if name != "fold" or can_fold(use, found, self._model(), N)
-            }
+                if name == "loop" or (room.spare(plan.sizes, S, N, name) and (
+                    name != "fold" or (wiring == "none" and can_fold(use, found, self._model(), N))))
+            }  # fmt: skip
             if S.shape[0] > 1:
                 plan.strategy, _, plan.seconds = sweep.choose(candidates)
         else:
             plan.strategy = self.strategy  # type: ignore[assignment]
-            if plan.strategy == "fold" and not can_fold(use, found, self._model(), N):
+            if plan.strategy == "fold" and (wiring != "none" or not can_fold(use, found, self._model(), N)):
                 raise CoverageError(
                     "sweep='fold' needs one deterministic call of the model per loss, with the loss taken of "
-                    "its output; use 'loop'."
+                    "its output, and no feedback; use 'loop'."
                 )
         return plan

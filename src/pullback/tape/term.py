@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from pullback.tape.call import CallFactor, RootCall, wide
+from pullback.tape.call import CallFactor, Region, RootCall, inside, wide
 from pullback.tape.graph import Path, Reached
 from pullback.tape.plan import Plan
+
+if TYPE_CHECKING:
+    from pullback.tape.wires import Ports
 
 
 @dataclass
@@ -43,13 +46,11 @@ class LossUse:
     value: Tensor | None = None
     path: Path | None = None
     upstream: Tensor | None = None
-    autocast: tuple[str, torch.dtype] | None = None
+    autocast: Region | None = None
 
     def context(self) -> AbstractContextManager[Any]:
         """The autocast region the loss was called in."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.autocast[0], dtype=self.autocast[1])
+        return inside(self.autocast)
 
     @property
     def target(self) -> Tensor | None:
@@ -91,6 +92,8 @@ class Term:
         plan: who gives rows to whom.
         roots: calls of the model that the prediction depends on.
         seconds: time of the sweep.
+        ports: factors and values of the tensors between modules, where feedback needs them.
+        held: bytes to allow for it until the step is through.
     """
 
     use: LossUse
@@ -102,6 +105,8 @@ class Term:
     plan: Plan
     roots: list[RootCall]
     seconds: float
+    ports: Ports | None = None
+    held: float = 0.0
 
     @property
     def R(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Kind:
             positions).
         batch: number of samples a call was given, None without a batch.
         axis: axis of the samples in an output, from its index.
+        dense: whether it forms its rows one by one.
     """
 
     layer: type[nn.Module]
@@ -52,6 +54,7 @@ class Kind:
     folds: bool = False
     batch: Callable[[Call], int | None] = Call.batch
     axis: Callable[[nn.Module, int], int] = _first
+    dense: bool = False
 
 
 def _plain_table(module: Any) -> bool:
@@ -71,12 +74,12 @@ RULES: list[Kind] = [
     Kind(nn.ConvTranspose3d, conv_rows),
     Kind(nn.Embedding, embedding_rows, _plain_table, folds=True),
     Kind(nn.EmbeddingBag, bag_rows, lambda m: _plain_table(m) and m.mode != "max", batch=bags),
-    Kind(nn.LayerNorm, norm_rows, folds=True),
-    Kind(nn.RMSNorm, norm_rows, folds=True),
-    Kind(nn.GroupNorm, norm_rows),
-    Kind(nn.modules.batchnorm._BatchNorm, norm_rows),
-    Kind(nn.modules.instancenorm._InstanceNorm, norm_rows),
-    Kind(nn.PReLU, prelu_rows),
+    Kind(nn.LayerNorm, norm_rows, folds=True, dense=True),
+    Kind(nn.RMSNorm, norm_rows, folds=True, dense=True),
+    Kind(nn.GroupNorm, norm_rows, dense=True),
+    Kind(nn.modules.batchnorm._BatchNorm, norm_rows, dense=True),
+    Kind(nn.modules.instancenorm._InstanceNorm, norm_rows, dense=True),
+    Kind(nn.PReLU, prelu_rows, dense=True),
     Kind(nn.RNN, recurrent_rows, repeatable, False, sequences, batch_axis),
     Kind(nn.GRU, recurrent_rows, repeatable, False, sequences, batch_axis),
     Kind(nn.LSTM, recurrent_rows, repeatable, False, sequences, batch_axis),
@@ -106,9 +109,14 @@ def sample_axis(module: nn.Module, output: int) -> int:
 
 def _holds_its_own(module: nn.Module) -> bool:
     """Whether its parameters are those that its class declares, none of them computed or added."""
-    names = [name for name, p in module._parameters.items() if p is not None]
-    declared = all(_DECLARED.fullmatch(name) for name in names)
-    return declared and any(name.startswith("weight") for name in names) and not hasattr(module, "parametrizations")
+    names = tuple(name for name, p in module._parameters.items() if p is not None)
+    return "parametrizations" not in module._modules and _declared(names)
+
+
+@functools.lru_cache(maxsize=256)
+def _declared(names: tuple[str, ...]) -> bool:
+    """Whether parameters of these names are what a layer of torch declares, a weight among them."""
+    return all(_DECLARED.fullmatch(name) for name in names) and any(name.startswith("weight") for name in names)
 
 
 __all__ = ["DenseRows", "Kind", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows", "sample_axis"]

@@ -47,7 +47,7 @@ class BagRows(OuterRows):
         out = self.share.new_zeros(self.N * self.P, columns)
         return out.index_put_((self.bag, column), self.share, accumulate=True)
 
-    def inner(self, other: OuterRows) -> Tensor:
+    def inner(self, other: OuterRows, half: bool = False) -> Tensor:
         """See the base class."""
         assert isinstance(other, BagRows)
         both = [self.word] if other is self else [self.word, other.word]
@@ -72,7 +72,8 @@ class BagRows(OuterRows):
         rows = c.reshape(-1, c.shape[2])[self.bag] * self.share[:, None]
         return out.index_add_(0, self.word, rows).reshape(-1)
 
-    def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
+    def _form(self, start: int, stop: int | None, o0: int, o1: int, bias: bool = True) -> Tensor:
+        del bias  # a table has none
         x = self.input_rows(start, stop)
         return (x.transpose(1, 2) @ self.s[:, start:stop, :, o0:o1]).flatten(2)
 

@@ -45,9 +45,14 @@ class Rows(ABC):
     def gram(self) -> Tensor:
         """U U^T, shape (R, R), a fresh tensor."""
 
-    def gram_into(self, out: Tensor) -> Tensor:
-        """U U^T, in ``out`` (shape (R, R)) where the rule can write there; returns where it is."""
-        del out
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
+        """U U^T, in ``out`` (shape (R, R)) where the rule can write there; returns where it is.
+
+        Args:
+            out: the memory.
+            half: whether nobody reads below the diagonal, so that nothing need be written there.
+        """
+        del out, half
         return self.gram()
 
     @abstractmethod
@@ -125,9 +130,9 @@ class DenseRows(Rows):
         """See the base class."""
         return square([self.U.reshape(-1, self.n)])
 
-    def gram_into(self, out: Tensor) -> Tensor:
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
         """See the base class."""
-        return square([self.U.reshape(-1, self.n)], out)
+        return square([self.U.reshape(-1, self.n)], out, half)
 
     def matvec(self, delta: Tensor) -> Tensor:
         """See the base class."""

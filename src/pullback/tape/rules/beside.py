@@ -27,9 +27,9 @@ class BesideRows(Rows):
         """See the base class."""
         return self._added(self.parts[0].gram())
 
-    def gram_into(self, out: Tensor) -> Tensor:
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
         """See the base class."""
-        return self._added(self.parts[0].gram_into(out))
+        return self._added(self.parts[0].gram_into(out, half))
 
     def _added(self, K: Tensor) -> Tensor:
         for part in self.parts[1:]:

@@ -158,10 +158,10 @@ class ConvRows(Rows):
         """See the base class."""
         return self.gram_into(self.s[0].new_empty(self.R, self.R))
 
-    def gram_into(self, out: Tensor) -> Tensor:
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
         """See the base class."""
         if self._pairwise_flops() > self._summed_flops():
-            return square(self._slabs(), out)
+            return square(self._slabs(), out, half)
         K = self._pairwise(self, out)
         if self.bias is not None:
             K += square([self._bias_rows().flatten(0, 1)])

@@ -27,8 +27,9 @@ class EmbeddingRows(OuterRows):
         assert self.weight is not None
         return self.weight.shape[0]
 
-    def inner(self, other: OuterRows) -> Tensor:
+    def inner(self, other: OuterRows, half: bool = False) -> Tensor:
         """One where the looked-up rows agree. See the base class."""
+        del half
         assert isinstance(other, EmbeddingRows)
         same = self.index[:, :, None, None] == other.index[None, None]
         return same.to(self.s.dtype)
@@ -46,7 +47,8 @@ class EmbeddingRows(OuterRows):
         out = c.new_zeros(self.width, c.shape[2])
         return out.index_add_(0, self.index.reshape(-1), c.reshape(-1, c.shape[2])).reshape(-1)
 
-    def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
+    def _form(self, start: int, stop: int | None, o0: int, o1: int, bias: bool = True) -> Tensor:
+        del bias  # a table has none
         s = self.s[:, start:stop, :, o0:o1]
         index = self.index[start:stop]
         r, N, P, o = s.shape

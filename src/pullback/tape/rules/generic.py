@@ -124,7 +124,8 @@ def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Para
     if U is None or U.shape[:2] != (N, call.r):
         # No batching rule, or a faulty one (nested vmap over prelu returns too many rows in torch 2.13).
         U = _one_by_one(module, inputs, own, reached, N)
-    return U.transpose(0, 1)
+    # In the order of the rows: every product would copy them otherwise.
+    return U.transpose(0, 1).contiguous()
 
 
 def _one_by_one(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pullback.tape.call import CallFactor
 from pullback.tape.rules.outer import OuterRows, held, joined, positions
+from pullback.tape.rules.square import square
 
 
 class LinearRows(OuterRows):
@@ -19,18 +20,40 @@ class LinearRows(OuterRows):
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, x: Tensor, s: Tensor) -> None:
         super().__init__(weight, bias, s)
         self.x = x
+        #: factor and input without the axis of positions, (R, o) and (N, i), where there is one position
+        self.flat = (s.reshape(-1, s.shape[3]), x.reshape(-1, x.shape[2])) if self.P == 1 else None
 
     @property
     def width(self) -> int:
         """See the base class."""
         return self.x.shape[2]
 
-    def inner(self, other: OuterRows) -> Tensor:
+    def inner(self, other: OuterRows, half: bool = False) -> Tensor:
         """See the base class."""
         assert isinstance(other, LinearRows)
         left = self.x.reshape(-1, self.width)
-        right = left if other is self else other.x.reshape(-1, self.width)
+        if other is self:
+            return square([left], None, half).view(self.N, self.P, self.N, self.P)
+        right = other.x.reshape(-1, self.width)
         return (left @ right.T).view(self.N, self.P, other.N, other.P)
+
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
+        """One column at one position and half a Gram: block by block, while it is in the cache. See the base class."""
+        n, i, o = self.N, self.width, self.s.shape[3]
+        if not half or self.flat is None or self.r > 1 or self.weight is None or n * n * (i + o) < 1 << 22:
+            return super().gram_into(out, half)
+        s, x = self.flat
+        step = -(-n // 4)
+        for k in range(0, n, step):
+            block = out[: k + step, k : k + step]
+            torch.mm(s[: k + step], s[k : k + step].T, out=block)
+            inner = x[: k + step] @ x[k : k + step].T
+            # (S S^T) o (X X^T + 1)
+            if self.bias is None:
+                block.mul_(inner)
+            else:
+                torch.addcmul(block, block, inner, out=block)
+        return out
 
     def input_rows(self, start: int, stop: int | None) -> Tensor:
         """See the base class."""
@@ -42,23 +65,29 @@ class LinearRows(OuterRows):
 
     def matvec(self, delta: Tensor) -> Tensor:
         """One position needs no third axis. See the base class."""
-        if self.P > 1 or self.weight is None:
+        if self.flat is None or self.weight is None:
             return super().matvec(delta)
+        s, x = self.flat
         k = self.weight.numel()
         W = delta[:k].view(self.weight.shape)
-        x = self.x[:, 0]
         y = x @ W.T if self.bias is None else torch.addmm(delta[k:], x, W.T)
-        return (self.s[:, :, 0] * y).sum(-1).reshape(-1)
+        if self.r > 1:
+            s = s.view(self.r, self.N, -1)
+        out: Tensor = torch.linalg.vecdot(s, y)
+        return out.view(-1)
 
     def rmatvec(self, v: Tensor) -> Tensor:
         """One position needs no third axis. See the base class."""
-        if self.P > 1 or self.weight is None:
+        if self.flat is None or self.weight is None:
             return super().rmatvec(v)
-        s = self.s[:, :, 0]
-        c = s[0] * v[:, None] if self.r == 1 else torch.einsum("ano,an->no", s, v.view(self.r, self.N))
+        s, x = self.flat
+        if self.r == 1:
+            c = s * v[:, None]
+        else:
+            c = torch.einsum("ano,an->no", s.view(self.r, self.N, -1), v.view(self.r, self.N))
         out = v.new_empty(self.n)
         k = self.weight.numel()
-        torch.mm(c.T, self.x[:, 0], out=out[:k].view(self.weight.shape))
+        torch.mm(c.T, x, out=out[:k].view(self.weight.shape))
         if self.bias is not None:
             torch.sum(c, 0, out=out[k:])
         return out

@@ -10,7 +10,7 @@ contracted pairwise or summed into rows chunk by chunk, whichever takes fewer op
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class OuterRows(Rows):
         weight: the weight parameter, or None if it takes no part.
         bias: the bias parameter, or None.
         s: factor at the module's output, shape (r, N, P, o).
+
+    Attributes:
+        P: positions per sample.
     """
 
     #: whether the weight is stored inputs first, (i, o), as a table is
@@ -39,15 +42,16 @@ class OuterRows(Rows):
         self.weight = weight
         self.bias = bias
         self.s = s
-
-    @property
-    def P(self) -> int:
-        """Positions per sample."""
-        return self.s.shape[2]
+        self.P = s.shape[2]
 
     @abstractmethod
-    def inner(self, other: OuterRows) -> Tensor:
-        """Inner products of the inputs (without the bias), shape (N, P, N', P')."""
+    def inner(self, other: OuterRows, half: bool = False) -> Tensor:
+        """Inner products of the inputs (without the bias), shape (N, P, N', P').
+
+        Args:
+            other: the rows they are taken with.
+            half: whether those below the diagonal may be left out.
+        """
 
     @abstractmethod
     def input_rows(self, start: int, stop: int | None) -> Tensor:
@@ -82,7 +86,10 @@ class OuterRows(Rows):
     def rmatvec(self, v: Tensor) -> Tensor:
         """See the base class."""
         v = v.view(self.r, self.N, 1, 1)
-        c = self.s[0] * v[0] if self.r == 1 else (self.s * v).sum(0)
+        c = self.s[0] * v[0]
+        for a in range(1, self.r):
+            # Column by column: a product of all of them at once would be as large as the factor.
+            c.addcmul_(self.s[a], v[a])
         pieces = []
         if self.weight is not None:
             pieces.append(self.pull(c))
@@ -94,11 +101,11 @@ class OuterRows(Rows):
         """See the base class."""
         return self.gram_into(self.s.new_empty(self.R, self.R))
 
-    def gram_into(self, out: Tensor) -> Tensor:
+    def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
         """See the base class."""
         if self._pairwise_flops() <= self._summed_flops():
-            return self._pairwise(self, out)
-        return self._summed(out)
+            return self._pairwise(self, out, half)
+        return self._summed(out, half)
 
     def cross(self, other: Rows) -> Tensor:
         """See the base class."""
@@ -173,27 +180,35 @@ class OuterRows(Rows):
 
     # -- the two ways to a Gram -------------------------------------------------------------------------
 
-    def _pairwise(self, other: OuterRows, out: Tensor | None = None) -> Tensor:
+    def _pairwise(self, other: OuterRows, out: Tensor | None = None, half: bool = False) -> Tensor:
         """K from inner products of inputs and of factors."""
-        x = self.inner(other) if self.weight is not None else None
-        if self.bias is not None:
-            x = x.add_(1.0) if x is not None else self.s.new_ones(self.N, self.P, other.N, other.P)
-        assert x is not None
-        return pairwise(self.s, other.s, x, out)
+        if self.weight is None:
+            return pairwise(self.s, other.s, self.s.new_ones(self.N, self.P, other.N, other.P), out, half=half)
+        inner = self.inner(other, half and self.R == self.N and self.P == 1)
+        return pairwise(self.s, other.s, inner, out, self.bias is not None, half)
 
-    def _summed(self, out: Tensor) -> Tensor:
+    def _summed(self, out: Tensor, half: bool = False) -> Tensor:
         """K = U U^T from explicit rows, a slice of output numbers at a time."""
+        return square(self._slabs(), out, half)
+
+    def _slabs(self) -> Iterator[Tensor]:
+        """U without the order of its columns, a slice of output numbers at a time, (R, columns)."""
         o = self.s.shape[3]
         step = max(1, CHUNK_NUMBERS // (self.R * (self.width + 1)))
-        slices = range(0, o, step)
-        return square((self._form(0, None, k, min(k + step, o)).view(self.R, -1) for k in slices), out)
+        # With several positions weight and bias stand apart: a batched product is quick where its result has no gaps.
+        apart = self.P > 1 and self.weight is not None and self.bias is not None
+        for k in range(0, o, step):
+            yield self._form(0, None, k, min(k + step, o), not apart).view(self.R, -1)
+        if apart:
+            yield self.s.sum(2).view(self.R, -1)
 
-    def _form(self, start: int, stop: int | None, o0: int, o1: int) -> Tensor:
+    def _form(self, start: int, stop: int | None, o0: int, o1: int, bias: bool = True) -> Tensor:
         """Rows of samples start:stop restricted to output numbers o0:o1, shape (r, samples, columns)."""
         s = self.s[:, start:stop, :, o0:o1]
         r, N, _, o = s.shape
+        bias = bias and self.bias is not None
         width = 0 if self.weight is None else self.width
-        U = s.new_empty(r, N, o * (width + (self.bias is not None)))
+        U = s.new_empty(r, N, o * (width + bias))
         if self.weight is not None:
             x = self.input_rows(start, stop)
             for a in range(r):
@@ -203,12 +218,14 @@ class OuterRows(Rows):
                     torch.mul(s[a, :, 0, :, None], x[:, 0, None], out=rows)
                 else:
                     torch.bmm(s[a].mT, x, out=rows)
-        if self.bias is not None:
+        if bias:
             torch.sum(s, 2, out=U[:, :, o * width :])
         return U
 
 
-def pairwise(s: Tensor, t: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
+def pairwise(
+    s: Tensor, t: Tensor, inner: Tensor, out: Tensor | None = None, bias: bool = False, half: bool = False
+) -> Tensor:
     r"""Sum over pairs of positions :math:`\sum_{pq} (s_{anp} \cdot t_{bmq})\, x_{npmq}`.
 
     Args:
@@ -216,6 +233,8 @@ def pairwise(s: Tensor, t: Tensor, inner: Tensor, out: Tensor | None = None) -> 
         t: vectors, shape (r', N', P', o); the same object as ``s`` for a Gram.
         inner: the weights x, shape (N, P, N', P').
         out: memory for the result; a fresh tensor without.
+        bias: whether 1 is added to every weight; the weights may be overwritten.
+        half: whether nobody reads below the diagonal of a Gram.
 
     Returns:
         Shape (r N, r' N').
@@ -225,13 +244,19 @@ def pairwise(s: Tensor, t: Tensor, inner: Tensor, out: Tensor | None = None) -> 
     if P == P2 == 1:
         left = s.reshape(-1, o)
         if s is t:
-            square([left], K)
+            square([left], K, half)
         else:
             torch.mm(left, t.reshape(-1, o).T, out=K)
         if r == r2 == 1:
-            return K.mul_(inner[:, 0, :, 0])
+            x = inner.view(N, N2)
+            # One pass over K instead of one over each.
+            return torch.addcmul(K, K, x, out=K) if bias else K.mul_(x)
+        if bias:
+            inner = inner.add_(1.0)
         K.view(r, N, r2, N2).mul_(inner[:, 0, :, 0][:, None, :])
         return K
+    if bias:
+        inner = inner.add_(1.0)
     # Positions of t lead its columns, so that they are summed over contiguous runs.
     right = t.permute(2, 0, 1, 3).reshape(-1, o).T
     weights = inner.transpose(2, 3).contiguous()

@@ -1,4 +1,4 @@
-"""U U^T at little more than half the price: only the blocks on and below the diagonal are multiplied."""
+"""U U^T at little more than half the price: only the blocks on and above the diagonal are multiplied."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from torch import Tensor
 #: Block rows; more of them multiply less but in thinner pieces (five eighths of the work at 4).
 _BLOCKS = 4
 
-#: Multiply-adds from which blocks are worth their calls.
-_WORTH = 1 << 26
+#: Multiply-adds from which blocks are worth their calls, and from which they are worth a copy of their transposes too.
+_WORTH, _WORTH_COPYING = 1 << 22, 1 << 25
 
 
-def square(pieces: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
+def square(pieces: Iterable[Tensor], out: Tensor | None = None, half: bool = False) -> Tensor:
     r"""Sum of :math:`V V^\top` over matrices with the same rows.
 
     Args:
         pieces: matrices (m, k), k may differ; at least one.
         out: memory for the result, (m, m); a fresh tensor without.
+        half: whether nobody reads below the diagonal; what was there may stay.
     """
-    step = 0
+    step, first = 0, True
     for V in pieces:
         m = V.shape[0]
-        if step == 0:
-            step = -(-m // _BLOCKS) if m * m * V.shape[1] >= _WORTH else max(1, m)
+        if first:
+            worth = m * m * V.shape[1] >= (_WORTH if half else _WORTH_COPYING)
+            step = -(-m // _BLOCKS) if worth else max(1, m)
             out = V.new_empty(m, m) if out is None else out
-            if step >= m:
-                torch.mm(V, V.T, out=out)
-                continue
-            out.zero_()
         assert out is not None
         for k in range(0, m, step):
-            out[k : k + step, : k + step].addmm_(V[k : k + step], V[: k + step].T)
+            block = out[: k + step, k : k + step]
+            if first:
+                torch.mm(V[: k + step], V[k : k + step].T, out=block)
+            else:
+                block.addmm_(V[: k + step], V[k : k + step].T)
+        first = False
     assert out is not None
-    for k in range(step, out.shape[0], step):
-        out[:k, k : k + step] = out[k : k + step, :k].T
+    if not half:
+        for k in range(step, out.shape[0], step):
+            out[k : k + step, :k] = out[:k, k : k + step].T
     return out
