@@ -1,5 +1,5 @@
 # Two jobs, each complete on a machine that has only Python >= 3.11 and make:
-#   make demo   train digits with our optimizers beside Adam, SGD, L-BFGS and Muon; writes demo/
+#   make demo   train digits with our optimizers beside Adam, SGD and Muon; writes demo/
 #   make test   lint, types, docs, tests
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: $(VENV)/.cli
 	$(BIN)/pullback compare digits \
-	  --optimizers layerwise-metric,gauss-newton,adam:lr=3e-3,sgd:lr=0.1,lbfgs,muon:lr=0.02 \
+	  --optimizers layerwise-metric,gauss-newton,kronecker,adam:lr=3e-3,sgd:lr=0.1,muon:lr=0.02 \
 	  --epochs 20 --seeds 3 --threads 1 --out demo
 
 test: lint types docs unit

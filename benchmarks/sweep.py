@@ -2,9 +2,10 @@
 
 The sweep: tail Grams, one factorisation per stage, and the run of the model in which every stage is moved as it is
 reached. Its floor at the same sizes, timed bare in the same run: the L Grams (one product S S^T and one X X^T each, one
-elementwise product), L Cholesky factorisations (the faster of LAPACK as it is and inside a border), one forward pass.
-As in a sweep each stage has matrices of its own, so that the floor too finds them in memory and not in the cache.
-tanh networks of width 20, float64, one thread; processor time, medians, interleaved:
+elementwise product; the faster of whole and of strips on and above the diagonal), L Cholesky factorisations (the
+fastest of LAPACK as it is, inside a border, and there with one tensor for input and output), one forward pass. As in a
+sweep each stage has matrices of its own, so that the floor too finds them in memory and not in the cache. tanh networks
+of width 20, float64, one thread; processor time, medians, interleaved; about 4 minutes:
 
     python benchmarks/sweep.py [--out benchmarks/results/sweep.json]
 """
@@ -37,14 +38,16 @@ def mlp(depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).double()
 
 
-def padded(A: Tensor) -> Callable[[], object]:
+def padded(A: Tensor, once: bool) -> Callable[[], object]:
+    """A Cholesky factorisation inside a border; with one object for input and output nothing is copied onto itself."""
     n = A.shape[0]
     memory = torch.eye(n + 8, dtype=A.dtype)
     info = torch.empty((), dtype=torch.int32)
 
     def run() -> object:
         memory[:n, :n].copy_(A).diagonal().add_(1.0)
-        return torch.linalg.cholesky_ex(memory.mT, out=(memory.mT, info))
+        L = memory.mT
+        return torch.linalg.cholesky_ex(L, out=(L if once else memory.mT, info))
 
     return run
 
@@ -85,25 +88,37 @@ def measure(R: int, depth: int, repeats: int) -> dict[str, float]:
             torch.mm(X[k], X[k].T, out=other)
             K[k].mul_(other)
 
-    borders = [padded(own) for own in A]
+    def strips() -> None:
+        step = -(-R // 4)
+        for k in range(depth):
+            for a in range(0, R, step):
+                out = K[k][a : a + step, a:]
+                inner = other.view(-1)[: out.numel()].view(out.shape)
+                torch.mm(S[k][a : a + step], S[k][a:].T, out=out)
+                torch.mm(X[k][a : a + step], X[k][a:].T, out=inner)
+                out.mul_(inner)
 
     def cholesky() -> None:
         for own in A:
             torch.linalg.cholesky_ex(own)
 
-    def bordered() -> None:
-        for own in borders:
+    borders = {once: [padded(own, once) for own in A] for once in (False, True)}
+
+    def bordered(once: bool) -> None:
+        for own in borders[once]:
             own()
 
     @torch.no_grad()
     def forward() -> None:
         model(x)
 
-    parts = {
+    parts: dict[str, Callable[[], None]] = {
         "sweep": sweep,
         "gram": gram,
+        "strips": strips,
         "cholesky": cholesky,
-        "bordered": bordered,
+        "bordered": lambda: bordered(False),
+        "in place": lambda: bordered(True),
         "forward": forward,
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
@@ -114,15 +129,16 @@ def measure(R: int, depth: int, repeats: int) -> dict[str, float]:
             if k >= 2:
                 times[name].append(1e3 * (time.thread_time() - start))
     found = {name: statistics.median(own) for name, own in times.items()}
-    fastest = min(found["cholesky"], found["bordered"])
-    floor = found["gram"] + fastest + found["forward"]
+    grams = min(found["gram"], found["strips"])
+    fastest = min(found[name] for name in ("cholesky", "bordered", "in place"))
+    floor = grams + fastest + found["forward"]
     return {
         "R": R,
         "depth": depth,
         "sweep_ms": found["sweep"],
         "floor_ms": floor,
         "ratio": found["sweep"] / floor,
-        "gram_ms": found["gram"],
+        "gram_ms": grams,
         "cholesky_ms": fastest,
         "forward_ms": found["forward"],
     }
@@ -139,7 +155,7 @@ def main() -> None:
     found = []
     print("   R  depth  sweep ms  floor ms  ratio   gram, cholesky, forward ms")
     for R, depth in itertools.product(options.rows, options.depths):
-        own = measure(R, depth, max(5, 4000 // R))
+        own = measure(R, depth, max(7, 10**7 // R**2))
         found.append(own)
         print(
             f"{R:>4}  {depth:>5}  {own['sweep_ms']:>8.2f}  {own['floor_ms']:>8.2f}  {own['ratio']:>5.2f}   "

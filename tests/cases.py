@@ -31,7 +31,7 @@ from models import (
     TwoInputs,
     Woven,
 )
-from sequences import Attention, Bag, Cells, Encoder, Offsets, Recurrent
+from sequences import Attention, Bag, Cells, Cross, Encoder, Offsets, Recurrent
 
 
 def inputs(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -200,6 +200,13 @@ CASES = [
     Case("attention causal", lambda: Attention(causal=True), inputs(4, 4)),  # mask as large as the batch
     Case("attention time first", lambda: Attention(False), inputs(3, 4), hidden(3)),
     Case("attention time first square", lambda: Attention(False), inputs(4, 4)),
+    Case("attention cross", Cross, inputs(3, 4)),
+    Case("attention cross alike", lambda: Cross(length=3, shares=True, bias=False), inputs(3, 4)),
+    Case("attention cross time first", lambda: Cross(False, shares=True, add_zero_attn=True, add_bias_kv=True),
+         inputs(3, 4)),
+    Case("attention widths", lambda: Cross(kdim=3, vdim=5), inputs(3, 4)),
+    Case("attention widths time first", lambda: Cross(False, kdim=3, vdim=5, bias=False), inputs(3, 4)),
+    Case("attention cross and self", lambda: Cross(again=True), inputs(3, 4)),
     Case("encoder", Encoder, inputs(3, 4), hidden(3)),
     Case("encoder eval", lambda: Encoder(train=False, norm_first=True), inputs(3, 4)),
     Case("encoder time first", lambda: Encoder(False), inputs(4, 4)),

@@ -14,7 +14,9 @@ from torch.func import functional_call, jacrev
 import pullback
 from oracle import assert_close
 from pullback import Damping
+from pullback.control import Course
 from pullback.optim.closed_loop import LOOK
+from pullback.tape import Passage, Tape, replay
 
 #: the optimizers that run the model again with weights that move on the way
 CLOSED = {
@@ -40,6 +42,49 @@ def chain(seed: int = 0, N: int = 9, dtype: torch.dtype = torch.float64) -> tupl
 def weights(model: nn.Module) -> Tensor:
     """All weights in one vector."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def linear(course: Course, moved: dict[int, list[Tensor]]) -> Tensor:
+    """The deviation by products with U, over all predictions."""
+    return torch.cat([course.linear(t, moved) for t in range(len(course.terms))])
+
+
+def along(
+    model: nn.Module,
+    tape: Tape,
+    course: Course,
+    directions: Sequence[Sequence[Tensor]],
+    seen: Callable[[int, Tensor, Tensor], None],
+    scale: float = 1.0,
+) -> None:
+    """Runs the model again, every stage moved by its direction on arrival; shows each deviation, measured and linear.
+
+    The weights are left where they were.
+    """
+    terms = course.terms
+    moved: dict[int, list[Tensor]] = {}
+    params = [p for blocks in course.stages for block in blocks for p in block.params]
+    before = [p.detach().clone() for p in params]
+
+    def shown(k: int) -> None:
+        if moved:
+            seen(k, course.deviation(passage, k, moved), linear(course, moved))
+
+    def arrived(k: int) -> None:
+        shown(k)
+        moved[k] = [scale * d for d in directions[k]]
+        for block, step in zip(course.stages[k], moved[k], strict=True):
+            torch._foreach_add_(list(block.params), block.unpack(step))
+
+    passage = Passage(terms, course.moments, arrived, sorted({root.serial for term in terms for root in term.roots}))
+    with torch.no_grad(), tape.recorder.paused():
+        for k, moment in enumerate(passage.moments):
+            if moment is None:
+                arrived(k)
+        with tape.recorder.heard(passage):
+            replay(model, terms)
+        shown(len(course.stages))
+        torch._foreach_copy_(params, before)
 
 
 class Twin:

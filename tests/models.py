@@ -20,6 +20,17 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
+class Spare(nn.Module):
+    """A layer that forward does not use, for losses that add a term of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.extra = nn.Linear(3, 2), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)
+
+
 class InPlaceSkip(nn.Module):
     """Adds the skip in place, right after a captured output."""
 

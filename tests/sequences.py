@@ -26,6 +26,34 @@ class Attention(nn.Module):
         return self.out(y.mean(1)) + shares[:, 0, :2]
 
 
+class Cross(nn.Module):
+    """nn.MultiheadAttention of a sequence to parts of itself: of other length, of other width."""
+
+    def __init__(
+        self, first: bool = True, length: int = 2, shares: bool = False, again: bool = False, **options: Any
+    ) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=first, **options)
+        self.length, self.shares, self.again = length, shares, again
+        self.keys, self.values = nn.Linear(4, options.get("kdim", 4)), nn.Linear(4, options.get("vdim", 4))
+        self.out = nn.Linear(4, 2)
+        with torch.no_grad():  # biases start at zero, which hides mistakes
+            for p in self.attend.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x, self.keys(x[:, : self.length]), self.values(x[:, : self.length])
+        if not self.attend.batch_first:
+            given = tuple(t.transpose(0, 1) for t in given)
+        mask = torch.arange(2 * x.shape[1] * self.length, dtype=x.dtype).sin().view(2, x.shape[1], -1)
+        mask = mask.repeat(len(x), 1, 1)  # for every head of every sample
+        y, shares = self.attend(*given, attn_mask=mask, need_weights=self.shares, average_attn_weights=False)
+        if self.again:
+            y = y + self.attend(*given[:1] * 3, need_weights=False)[0]
+        y = self.out((y if self.attend.batch_first else y.transpose(0, 1)).sum(1))
+        return y if shares is None else y + shares[:, :, 0, 0]
+
+
 class Encoder(nn.Module):
     """nn.TransformerEncoderLayer; the last time step alone is read when time comes first."""
 

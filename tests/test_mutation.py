@@ -307,6 +307,7 @@ class Mutation:
 IGNORED = property(lambda self: None, lambda self, value: None)
 
 LINEAR, OUTER, TAPE = "tape.rules.linear:LinearRows", "tape.rules.outer:OuterRows", "tape.tape"
+ATTENTION, STACKED = "tape.rules.attention", "tape.rules.stacked:StackedRows"
 
 MUTATIONS = [
     # rows of layers
@@ -334,6 +335,15 @@ MUTATIONS = [
     Mutation("padding row not masked", "tape.rules:RULES", unmasked, curvature("positions")),
     Mutation("not normalised", "tape.rules.norm:_normalised", lambda true: lambda module, x: x,
              curvature("layer norm")),
+    Mutation("queries taken for keys", f"{ATTENTION}:_Run.projected", then(lambda qkv: (qkv[1], qkv[0], qkv[2])),
+             curvature("attention")),
+    Mutation("queries taken for keys of other lengths", f"{ATTENTION}:_Run.projected",
+             then(lambda qkv: (qkv[1], qkv[0], qkv[2])), curvature("attention cross alike")),
+    Mutation("padding mask ignored", f"{ATTENTION}:_masks", instead(lambda *a: []), curvature("attention masked")),
+    Mutation("row blocks in the wrong order", f"{STACKED}._by_kind", lambda true: lambda self, packed: packed,
+             curvature("attention cross")),
+    Mutation("row blocks in the wrong order on the way in", f"{STACKED}._by_block",
+             lambda true: lambda self, packed: packed, products("attention cross")),
     Mutation("second use of a tied weight dropped", "curvature.block:_merge", first_call_only, curvature("tied")),
     Mutation("columns of the sweep exchanged", "tape.sweep:loop", then(lambda parts: [p.flip(0) for p in parts]),
              gradient("mlp")),
@@ -374,7 +384,7 @@ MUTATIONS = [
     Mutation("spring without its decay", "optim.attempt:solve", lambda true: lambda s, g, mu, shift=None:
              true(s, g, mu, None), steps(3, momentum=Momentum(kind="spring", decay=0.7))),
     Mutation("predicted decrease with the mu term", "optim.attempt:decrease", with_mass, gain),
-    Mutation("trial loss of another weight", "optim.base:replay", times(0.99), gain),
+    Mutation("trial loss of another weight", "optim.taped:replay", times(0.99), gain),
     Mutation("mu kept after a good step", "optim.damping:DampingControl._judge", instead(lambda *a: None), gain),
     Mutation("weights not put back", "optim.search:restore", instead(lambda *a: None), undone),
     Mutation("mu not doubled twice", "optim.damping:DampingControl.fail", lambda true: lambda self:

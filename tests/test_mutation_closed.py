@@ -13,12 +13,12 @@ from torch import nn
 
 import pullback
 from cases import by_name
-from closed import CLOSED, chain, compare, weights
+from closed import CLOSED, along, chain, compare, weights
 from oracle import assert_close
 from pullback import Damping, Momentum
 from pullback.control import Course, Route
 from pullback.curvature import Linearisation, divide
-from pullback.tape import Passage, Tape, replay
+from pullback.tape import Tape
 from test_mutation import Mutation, instead, then, times
 
 
@@ -41,26 +41,8 @@ def measured(case: str) -> Callable[[], None]:
         groups = divide(lin.blocks, "layerwise", tape.names.full)
         route = Route(lin.terms, groups)
         course = Course(route, lin.terms, [groups[k] for k in route.order])
-        moved: dict[int, Any] = {}
-
-        def compared(k: int) -> None:
-            if moved:
-                assert_close(course.deviation(passage, k, moved), course.linear(0, moved), 1e-3)
-
-        def arrived(k: int) -> None:
-            compared(k)
-            moved[k] = [1e-6 * torch.randn(block.n, dtype=torch.float64) for block in course.stages[k]]
-            for block, step in zip(course.stages[k], moved[k], strict=True):
-                torch._foreach_add_(list(block.params), block.unpack(step))
-
-        passage = Passage(lin.terms, course.moments, arrived, [root.serial for root in lin.terms[0].roots])
-        with torch.no_grad(), tape.recorder.paused():
-            for k, moment in enumerate(passage.moments):
-                if moment is None:
-                    arrived(k)
-            with tape.recorder.heard(passage):
-                replay(model, lin.terms)
-        compared(len(course.stages))
+        directions = [[torch.randn(block.n, dtype=torch.float64) for block in own] for own in course.stages]
+        along(model, tape, course, directions, lambda _, found, true: assert_close(found, true, 1e-3), 1e-6)
         tape.close()
 
     return check
@@ -129,7 +111,7 @@ MUTATIONS = [
     Mutation("later calls dropped", "control.realised:Course._behind", times(0.0), measured("tied")),
     Mutation("later members of a coalition dropped", "control.realised:Course._behind", times(0.0),
              partial(compare, partition="ends together")),
-    Mutation("total for remaining factor", "tape.wires:Ports._factor", total_factor, measured("encoder eval")),
+    Mutation("total for remaining factor", "tape.ports:Ports._factor", total_factor, measured("encoder eval")),
     Mutation("arc without its square", "control.feedback:Loop.sweep", arc_without_square, arc),
     Mutation("sign of rho", "control.feedback:Loop.anticipate", then(lambda rho: [-r for r in rho]), compare),
     Mutation("sign of the acceleration", "control.feedback:Loop.anticipate", then(lambda rho: [-r for r in rho]),
@@ -146,7 +128,7 @@ MUTATIONS = [
              [0 * s for s in sums]), spring),
     Mutation("remainder of the gradient at full rate", "control.feedback:Loop._rest", instead(lambda self, far:
              self.rest), partial(compare, penalty=0.05, lr=0.3)),
-    Mutation("scale left in the factors at the cuts", "tape.wires:Ports.divide", instead(lambda *a: None), unscaled),
+    Mutation("scale left in the factors at the cuts", "tape.ports:Ports.divide", instead(lambda *a: None), unscaled),
     Mutation("calls repeated in the order of backward", "tape.replay:root_of", instead(lambda term: type(
              "Root", (), {"__getattr__": lambda self, name: getattr(term.use.path.root, name),
                           "serial": -term.use.path.root.serial})()), in_any_order),

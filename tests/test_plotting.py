@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pullback.plotting import plot_loss, save_plot
-from pullback.problems import Comparison, Evaluation, MissingExtraError, Run
+from pullback.plotting import plot_loss, plot_sweep, save_plot, save_sweep
+from pullback.problems import Comparison, Evaluation, Measure, MissingExtraError, Run, Sweep, parse_grid
 
 
 def run_of(
@@ -92,3 +92,93 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r'drawing needs matplotlib: pip install "pullback\[plotting\]"'):
         plot_loss(of())
+
+
+def swept(by: str, grid: str, values: dict[str, list[float]], failing: tuple[str, ...] = ()) -> Sweep:
+    """Runs whose final loss, or one minus whose final accuracy, is given for each label."""
+    runs = []
+    for spec in (spec for part in parse_grid(grid) for spec in part.specs()):
+        for seed, value in enumerate(values.get(spec.label, [])):
+            history = (Evaluation(0.0, 0, 9.0, 0.0), Evaluation(1.0, 5, value, 1 - value))
+            failure = "broke" if spec.label in failing else None
+            runs.append(Run(spec.name, spec.options, seed, 5, 1.0, 1.0, history, (), failure))
+    return Sweep(of(*runs), tuple(parse_grid(grid)), Measure(by, "loss" if by == "loss" else "accuracy"))
+
+
+MAP = "sgd:lr=0.1|1|10,momentum=0|0.9,adam:lr=1e-3|1e-2|1"
+LOSSES = {
+    "sgd:lr=0.1,momentum=0": [1.0, 2.0, 3.0],
+    "sgd:lr=0.1,momentum=0.9": [0.01, 0.02, 0.03],
+    "sgd:lr=1,momentum=0": [8.0, 99.0, 7.0],
+    "sgd:lr=1,momentum=0.9": [1.0, 1.0, 1.0],
+    "sgd:lr=10,momentum=0": [99.0, 99.0, 5.0],
+    "adam:lr=0.001": [0.5, 0.4, 0.6],
+    "adam:lr=0.01": [0.005, 0.004, 99.0],
+    "adam:lr=1": [99.0, 99.0, 99.0],
+}
+
+
+def test_two_options_are_a_map() -> None:
+    figure = plot_sweep(swept("loss", MAP, LOSSES, failing=("sgd:lr=1,momentum=0.9",)))["sgd"]
+    ax, bar = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("lr", "momentum")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.1", "1", "10"]
+    assert bar.get_ylabel() == "training loss"
+    words = {text.get_position(): text.get_text() for text in ax.texts}
+    assert words[0, 0] == "2"
+    assert words[0, 1] == "0.02"
+    assert words[1, 0] == "8\n1/3 failed"
+    assert words[1, 1] == "3/3 failed"
+    assert words[2, 0] == "2/3 failed"
+    assert words[2, 1] == ""
+    boxes = {patch.get_xy(): patch for patch in ax.patches}
+    assert boxes[0.5, 0.5].get_hatch() == boxes[1.5, -0.5].get_hatch() == "//"
+    assert boxes[1.5, 0.5].get_hatch() is None
+    # The better the brighter, and a frame around the best.
+    assert sum(boxes[-0.5, 0.5].get_facecolor()[:3]) > sum(boxes[0.5, -0.5].get_facecolor()[:3])
+    assert (-0.46, 0.54) in {(round(x, 2), round(y, 2)) for x, y in boxes}
+    assert "median of 3 seeds" in figure.get_suptitle()
+
+
+def test_one_option_is_a_line_and_all_pictures_have_one_scale() -> None:
+    figures = plot_sweep(swept("loss", MAP, LOSSES))
+    (ax,) = figures["adam"].axes
+    assert ax.get_xlabel() == "lr"
+    assert ax.get_yscale() == "log"
+    (line,) = ax.get_lines()
+    assert list(line.get_ydata())[:2] == [0.5, 0.005]
+    assert str(line.get_ydata()[2]) == "nan"
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["1/3 failed", "3/3 failed"]
+    assert [patch.get_hatch() for patch in ax.patches] == ["//"]
+    # The map's colours reach from the best median of both to the worst, the line's axis a little further.
+    low, high = figures["sgd"].axes[1].get_ylim()
+    assert (low, high) == pytest.approx((0.005, 8.0))
+    assert ax.get_ylim()[0] < low < high < ax.get_ylim()[1]
+
+
+def test_accuracies_are_linear_and_the_best_over_further_options_is_drawn() -> None:
+    grid = "sgd:lr=0.1|1,momentum=0|0.9,nesterov=false|true"
+    values = {f"sgd:lr={lr},momentum={m},nesterov={n}": [0.5] for lr in ("0.1", "1") for m in ("0", "0.9") for n in
+              ("false", "true")}  # fmt: skip
+    values["sgd:lr=1,momentum=0.9,nesterov=true"] = [0.25]
+    figure = plot_sweep(swept("test", grid, values))["sgd"]
+    ax, bar = figure.axes
+    assert {text.get_position(): text.get_text() for text in ax.texts}[1, 1] == "0.75"
+    assert bar.get_ylim() == (0.5, 0.75)
+    assert "best over nesterov, test accuracy, one seed" in figure.get_suptitle()
+
+
+def test_the_title_has_the_options_with_one_value_and_is_parted_if_long() -> None:
+    short, long = ("sgd:lr=0.1|1,momentum=0.9", "sgd:lr=0.1|1,momentum=0.9,dampening=0.125,nesterov=false")
+    (figure,) = plot_sweep(swept("loss", short, {})).values()
+    assert figure.get_suptitle().splitlines()[0].endswith(": sgd:momentum=0.9")
+    (figure,) = plot_sweep(swept("loss", long, {})).values()
+    assert figure.get_suptitle().splitlines()[1] == "sgd:momentum=0.9,dampening=0.125,nesterov=false"
+
+
+def test_a_sweep_without_runs_or_options_is_still_a_picture(tmp_path: Path) -> None:
+    paths = save_sweep(swept("loss", "sgd:lr=0.1|1,momentum=0|0.9,adam", {}), tmp_path)
+    assert [path.name for path in paths] == ["sweep-sgd.png", "sweep-adam.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    (ax,) = plot_sweep(swept("loss", "adam", {"adam": [0.5, 0.6]}))["adam"].axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["adam"]

@@ -4,12 +4,13 @@ A metric of the outputs is pulled back through the modules, beside the gradient,
 space it came from. See the README for the loop and ``docs/`` for the mathematics.
 """
 
-from pullback.control import BellmanStage, bellman
+from pullback.control import BellmanStage, Game, bellman, stages_of
 from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
 from pullback.metric import (
     Bernoulli,
     Categorical,
     Custom,
+    Empirical,
     Gaussian,
     Huber,
     LossHessian,
@@ -22,9 +23,15 @@ from pullback.optim import (
     Damping,
     FeedbackGaussNewton,
     GaussNewton,
+    Kronecker,
+    KroneckerGame,
     LayerwiseMetric,
     Momentum,
+    OCNOpt,
+    PolicyRecord,
+    Refresh,
     StepRecord,
+    Trust,
 )
 
 __version__ = "0.1.0.dev0"
@@ -37,21 +44,30 @@ __all__ = [
     "CoverageError",
     "Custom",
     "Damping",
+    "Empirical",
     "FeedbackGaussNewton",
+    "Game",
     "GaussNewton",
     "Gaussian",
     "Huber",
+    "Kronecker",
+    "KroneckerGame",
     "LayerwiseMetric",
     "LossHessian",
     "MetricError",
     "MixingError",
     "Momentum",
+    "OCNOpt",
     "OutputMetric",
     "Poisson",
+    "PolicyRecord",
     "PullbackError",
+    "Refresh",
     "Sampled",
     "StepError",
     "StepRecord",
+    "Trust",
     "__version__",
     "bellman",
+    "stages_of",
 ]

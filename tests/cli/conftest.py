@@ -28,9 +28,10 @@ class Stops(nn.MSELoss):
             os.kill(os.getpid(), signal.SIGINT)
         return super().forward(outputs, targets)
 
-def make(rows: int = 8, stop: int = 0) -> Problem:
+def make(rows: int = 8, stop: int = 0, validation: bool = False) -> Problem:
     x = torch.linspace(-1, 1, rows).unsqueeze(1)
     return Problem(name="line", make_model=lambda seed: nn.Linear(1, 1), train=(x, 2 * x), test=(x, 2 * x),
+                   validation=(x[1::2], 2 * x[1::2]) if validation else None,
                    criterion=Stops(stop) if stop else nn.MSELoss(), test_metric="rmse", targets=(0.1, 1e-9))
 '''
 

@@ -12,7 +12,7 @@ from typer.testing import Result
 Pullback = Callable[..., Result]
 
 
-@pytest.mark.parametrize("command", ["problems", "optimizers", "train", "compare"])
+@pytest.mark.parametrize("command", ["problems", "optimizers", "train", "compare", "sweep"])
 def test_help_has_examples(pullback: Pullback, command: str) -> None:
     result = pullback(command, "--help")
     assert result.exit_code == 0
@@ -30,14 +30,25 @@ def test_the_bare_command_says_what_there_is(pullback: Pullback) -> None:
 def test_problems_are_listed_with_options(pullback: Pullback) -> None:
     text = pullback("problems").stdout
     assert "digits\n    Handwritten digits" in text
-    assert "width=64, batch_size=128, dtype=float32" in text
+    assert "depth=none, width=64, batch_size=128, dtype=float32" in text
     assert "--data DIR or PULLBACK_DATA" in text
 
 
 def test_optimizers_are_listed_with_options(pullback: Pullback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     text = pullback("optimizers").stdout
-    for name in ("layerwise-metric", "gauss-newton", "sgd", "adam", "adamw", "lbfgs", "muon", "soap"):
+    for name in (
+        "layerwise-metric",
+        "gauss-newton",
+        "sgd",
+        "adam",
+        "adamw",
+        "lbfgs",
+        "muon",
+        "soap",
+        "rmsprop",
+        "e-msa",
+    ):
         assert f"\n{name}\n" in f"\n{text}"
     assert "samples=none" in text
     assert "betas=0.9/0.999" in text
@@ -132,6 +143,9 @@ def test_seconds_and_the_default_budget(pullback: Pullback, own: str) -> None:
         (["compare", "digits", "--seconds", "0"], "a budget must be positive"),
         (["compare", "digits", "--target", "1e-3,low"], "--target is '1e-3,low'; write training losses"),
         (["compare", "digits", "--target", "true"], "--target is 'true'; write training losses"),
+        (["compare", "digits", "--target-validation", "0.9"], "targets on validation data and no such data"),
+        (["compare", "digits", "--target-validation", "good"], "--target-validation is 'good'; write levels"),
+        (["compare", "digits", "--target-validation", "lass=1"], "--target-validation is 'lass=1'; write levels"),
         (["train", "fashion-mnist"], "--data DIR or in PULLBACK_DATA"),
         (["train", "fashion-mnist", "--data", "nowhere"], "no data folder nowhere"),
         (["train", "nowhere/mine.py:f"], "there is no file nowhere/mine.py"),

@@ -127,7 +127,7 @@ def test_the_remainder_is_half_the_second_derivative_behind_the_cut(kind):
     errors = []
     for h in (1e-2, 1e-3, 1e-4):
         with torch.no_grad():
-            rho = found.loop.anticipate(d, h)
+            rho = found.loop.anticipate(d, h, found.loop.products(d))
         assert len(rho) == len(seen)
         errors.append([float((r - (end - own)).norm() / end.norm()) for r, own in zip(rho, seen, strict=True)])
         assert_close(rho[0], end, 10 * h)  # nothing is seen in front of the first module
@@ -143,7 +143,8 @@ def test_looking_leaves_the_weights_as_they_were(kind):
     found = looped(model, nn.MSELoss(), [((x,), {}, y)])
     before = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
-        found.loop.anticipate(found.loop.joint(), 0.1)
+        direction = found.loop.joint()
+        found.loop.anticipate(direction, 0.1, found.loop.products(direction))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

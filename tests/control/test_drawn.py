@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from loops import looped
 from torch import nn
 
+from closed import along, linear
 from losses import LOSSES
 from oracle import assert_close, dense
 from pullback.control import Course, Route
 from pullback.curvature import Linearisation, divide
-from pullback.tape import Passage, Tape, replay
+from pullback.tape import Tape
 from wirings import SIDE, WIDTH, Wired, nodes
 
 wirings = st.tuples(nodes(), st.none() | st.integers(0, 5), st.integers(1, 4), st.integers(0, 10**6))
@@ -31,10 +32,6 @@ def recorded(drawn, loss, partition="layerwise", space="auto"):
     y, criterion = loss.target(z), loss.criterion(2).double()
     assume(bool(torch.isfinite(criterion(z, y)).all()))  # every target may be one to ignore
     return looped(model, criterion, [(args, {}, y)], partition=partition, space=space)
-
-
-def linear(course, moved):
-    return torch.cat([course.linear(t, moved) for t in range(len(course.terms))])
 
 
 @given(wirings, st.sampled_from(smooth), st.sampled_from(["dual", "primal", "auto"]))
@@ -100,36 +97,15 @@ def test_two_heads_measure_at_the_cuts_their_predictions_have(drawn):
     groups = divide(lin.blocks, "layerwise", tape.names.full)
     route = Route(lin.terms, groups)
     course = Course(route, lin.terms, [groups[k] for k in route.order])
-    params = [p for block in lin.blocks for p in block.params]
-    before = [p.detach().clone() for p in params]
     directions = [[torch.randn(block.n, dtype=torch.float64) for block in own] for own in course.stages]
     misses: dict[int, list[float]] = {}
     for scale in (1e-2, 1e-4, 1e-6):
-        moved: dict[int, list[torch.Tensor]] = {}
 
-        def arrived(k):
-            compare(k)
-            moved[k] = [scale * d for d in directions[k]]  # noqa: B023
-            for block, step in zip(course.stages[k], moved[k], strict=True):  # noqa: B023
-                torch._foreach_add_(list(block.params), block.unpack(step))
+        def seen(k, measured, expected):
+            if float(expected.norm()) > 1e-9 * scale:  # noqa: B023
+                misses.setdefault(k, []).append(float((measured - expected).norm() / expected.norm()))
 
-        def compare(k):
-            if moved:  # noqa: B023
-                expected = linear(course, moved)  # noqa: B023
-                miss = course.deviation(passage, k, moved) - expected  # noqa: B023
-                if float(expected.norm()) > 1e-9 * scale:  # noqa: B023
-                    misses.setdefault(k, []).append(float(miss.norm() / expected.norm()))
-
-        roots = sorted({root.serial for term in lin.terms for root in term.roots})
-        passage = Passage(lin.terms, course.moments, arrived, roots)
-        with torch.no_grad(), tape.recorder.paused():
-            for k, moment in enumerate(passage.moments):
-                if moment is None:
-                    arrived(k)
-            with tape.recorder.heard(passage):
-                replay(model, lin.terms)
-            compare(len(course.stages))
-            torch._foreach_copy_(params, before)
+        along(model, tape, course, directions, seen, scale)
     tape.close()
     for k, own in misses.items():
         assert len(own) < 3 or own[-1] < 1e-6 or own[-1] < 2e-3 * own[0], (k, own)

@@ -8,6 +8,7 @@ from torch import nn
 
 import pullback
 from closed import CLOSED
+from models import Spare
 from pullback import Damping
 
 OPTS = [pullback.LayerwiseMetric, pullback.GaussNewton, CLOSED["feedback"], CLOSED["geodesic"]]
@@ -190,15 +191,7 @@ def test_a_target_that_requires_grad():
 def test_a_gradient_the_tape_has_not_seen():
     _, criterion, x, y = problem()
 
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.core, self.extra = nn.Linear(3, 2), nn.Linear(1, 1)
-
-        def forward(self, x):
-            return self.core(x)
-
-    body = Body()
+    body = Spare()
     opt = pullback.LayerwiseMetric(body, criterion)
     (criterion(body(x), y) + body.extra.weight.square().sum()).backward()
     with pytest.raises(pullback.CoverageError, match=r"'extra.weight' has a gradient, but the loss that was taped"):

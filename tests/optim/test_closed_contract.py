@@ -12,6 +12,7 @@ from torch import nn
 
 from cases import CASES
 from closed import CLOSED, chain, train, weights
+from models import Spare
 from oracle import assert_close
 from pullback import Damping, Momentum, Sampled
 
@@ -207,16 +208,8 @@ def test_several_heads_and_sketches(Opt, sampled):
 
 @every
 def test_a_fallback_takes_what_has_no_rows(Opt):
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.core, self.extra = nn.Linear(3, 2), nn.Linear(1, 1)
-
-        def forward(self, x):
-            return self.core(x)
-
     _, x, y = chain(dtype=torch.float32)
-    model = Body()
+    model = Spare()
     opt = Opt(model, nn.MSELoss(), fallback=lambda p: torch.optim.SGD(p, lr=0.1))
     before = model.extra.weight.item()
     train(opt, lambda: opt.criterion(model(x), y) + model.extra.weight.square().sum(), 1)

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 
 import pullback
+from models import Spare
 from oracle import assert_close, dense, linearise
 from pullback import Damping
-
-
-class Body(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.core, self.extra = nn.Linear(3, 2), nn.Linear(1, 1)
-
-    def forward(self, x):
-        return self.core(x)
 
 
 def sgd(params):
@@ -27,7 +19,7 @@ def sgd(params):
 
 
 def test_penalised_parameters_go_to_the_fallback_and_resume():
-    model, criterion = Body(), nn.MSELoss()
+    model, criterion = Spare(), nn.MSELoss()
     opt = pullback.LayerwiseMetric(model, criterion, fallback=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     x, y = torch.randn(6, 3), torch.randn(6, 2)
 
@@ -42,7 +34,7 @@ def test_penalised_parameters_go_to_the_fallback_and_resume():
     assert opt.coverage["extra.weight"].status == "fallback"
     assert opt.coverage["extra.weight"].why == "SGD: not on the tape"
     assert opt.coverage["core.weight"].status == "exact"
-    twin = Body()
+    twin = Spare()
     again = pullback.LayerwiseMetric(twin, nn.MSELoss(), fallback=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     twin.load_state_dict(model.state_dict())
     again.load_state_dict(copy.deepcopy(opt.state_dict()))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pullback.problems import (
     Arrival,
@@ -54,6 +56,20 @@ def test_optimizers_are_interleaved_seed_by_seed(line: Problem) -> None:
     first, second = result.runs[:2]
     assert first.history[0].loss == second.history[0].loss
     assert result.machine["threads"] == 1
+
+
+def test_a_host_with_and_without_policies(line: Problem) -> None:
+    deep = dataclasses.replace(
+        line, make_model=lambda seed: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    )
+    result = compare(deep, "ocnopt:lr=0.05,ocnopt:lr=0.05,feedback=false,sgd:lr=0.05", seeds=2, budget=BUDGET)
+    ends: dict[str, list[float]] = {run.label: [] for run in result.runs}
+    for run in result.runs:
+        assert run.failure is None
+        ends[run.label].append(run.history[-1].loss)
+    with_, without, host = ends.values()
+    assert without == host
+    assert with_ != host
 
 
 def test_a_failure_does_not_stop_the_others(line: Problem, fake: Fake) -> None:
@@ -123,6 +139,7 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
         "loss",
         "best_loss",
         "test",
+        "validation_score",
         "history",
         "reached",
         "steps_to",
@@ -133,7 +150,7 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
     assert diverged["best_loss"] == diverged["history"][0][2]
     assert fine["options"] == {"betas": [0.9, 0.99]}
     assert fine["reached"] == {"1": None, "1e-30": None}
-    assert [len(row) for row in fine["history"]] == [5] * 6
+    assert [len(row) for row in fine["history"]] == [6] * 6
 
 
 def run_of(label: str, seed: int, losses: list[float], failure: str | None = None) -> Run:

@@ -58,7 +58,7 @@ def test_a_sealed_test_split_is_scored_once_with_the_weights_chosen_on_validatio
     seen = run(dataclasses.replace(sealed, sealed=False), "passes", budget=THREE)
     assert seen.history[2].test == pytest.approx(0.25)
     assert seen.test == pytest.approx(0.75)
-    assert len(result.to_json()["history"][0]) == 5
+    assert len(result.to_json()["history"][0]) == 6
 
 
 def test_a_failed_run_leaves_the_test_split_sealed(line: Problem) -> None:

@@ -56,10 +56,44 @@ def test_without_a_folder_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, t
         load_problem("fashion-mnist", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("option", ["rows=41", "rows=0", "test_rows=11", "width=0"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-cnn"])
+def test_the_last_training_rows_may_be_for_validation(folder: Path, name: str) -> None:
+    problem = load_problem(f"{name}:validation_rows=10", folder)
+    assert problem.validation is not None
+    assert (len(problem.train[0]), len(problem.validation[0])) == (30, 10)
+    some = load_problem(f"{name}:validation_rows=10,rows=7,loss_rows=3", folder)
+    assert some.validation is not None
+    # The same rows however many are trained on: the k-th image is filled with k.
+    assert torch.equal(some.validation[0], problem.validation[0])
+    assert some.validation[1].tolist() == list(range(10))
+    assert len(some.train[0]) == 7
+    assert some.reported is not None
+    assert torch.equal(some.reported[0], problem.train[0][:3])
+    assert load_problem(name, folder).validation is None
+    with pytest.raises(SpecError, match=f"rows of {name} is 31; give 1 to 30"):
+        load_problem(f"{name}:validation_rows=10,rows=31", folder)
+
+
+def test_five_layers_of_one_width(folder: Path) -> None:
+    model = load_problem("fashion-mnist:depth=5,width=16", folder).make_model(0)
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
+    assert shapes == [(16, 784), (16, 16), (16, 16), (16, 16), (10, 16)]
+
+
+@pytest.mark.parametrize("net", ["small", "conv4", "residual", "inception"])
+def test_networks(folder: Path, net: str) -> None:
+    problem = load_problem(f"fashion-mnist-cnn:net={net},channels=2,rows=8", folder)
+    assert run(problem, "adam", budget=Budget(steps=1)).failure is None
+
+
+@pytest.mark.parametrize(
+    "option", ["rows=41", "rows=0", "test_rows=11", "width=0", "depth=0", "validation_rows=-1", "loss_rows=41"]
+)
 def test_sizes_are_checked(folder: Path, option: str) -> None:
-    with pytest.raises(SpecError, match="give 1"):
+    with pytest.raises(SpecError, match=r"give [01] (to|or)"):
         load_problem(f"fashion-mnist:{option}", folder)
+    with pytest.raises(SpecError, match="validation_rows of fashion-mnist is 40; give 0 to 39"):
+        load_problem("fashion-mnist:validation_rows=40", folder)
 
 
 def test_channels_are_checked(folder: Path) -> None:

@@ -91,7 +91,7 @@ def make(text: str, criterion: nn.Module | None = None) -> Any:
 @pytest.mark.parametrize("entry", list(optimizer_entries()), ids=lambda entry: entry.name)
 def test_every_optimizer_is_built_and_lists_its_options(entry: Any) -> None:
     assert make(entry.name) is not None
-    assert ("lr" in entry.options()) != (entry.name == "least-squares")
+    assert ("lr" in entry.options()) != (entry.name in {"least-squares", "e-msa"})
     assert entry.summary
 
 
@@ -113,11 +113,41 @@ def test_our_options_become_objects() -> None:
     assert isinstance(make("gauss-newton"), pullback.GaussNewton)
 
 
+def test_the_options_of_a_game_are_parted_from_those_of_kronecker() -> None:
+    torch.manual_seed(5)
+    optimizer = make("kronecker-game:structure=cooperative,hold=3,cut=0,refresh=4,damping=0.3,trust=false")
+    assert isinstance(optimizer, pullback.KroneckerGame)
+    assert optimizer.game.game == pullback.Game(structure="cooperative", hold=3, cut=0, seed=5)
+    assert optimizer.schedule == pullback.Refresh(every=4)
+    assert optimizer._stride.agreement is None
+    assert make("kronecker-game").game.game.structure == "bandit"
+    with pytest.raises(SpecError, match=r"kronecker-game refuses: Game.*got .alone."):
+        make("kronecker-game:structure=alone")
+    with pytest.raises(SpecError, match="kronecker-game refuses: Players share Kronecker factors"):
+        make("kronecker-game:form=ekfac")
+    with pytest.raises(SpecError, match=r"kronecker-game refuses: Game\(cut"):
+        make("kronecker-game:cut=2")
+
+
 @pytest.mark.parametrize("name", ["feedback", "gauss-newton:geodesic=true", "gauss-newton"])
 def test_what_is_not_chosen_of_the_damping_stays_the_default(name: str) -> None:
     default = make(name)
     changed = make(f"{name}{',' if ':' in name else ':'}arc=false")
     assert changed.damping == dataclasses.replace(default.damping, arc=False)
+
+
+def test_the_options_of_ocnopt_reach_the_host_and_the_policies() -> None:
+    torch.manual_seed(5)
+    optimizer = make("ocnopt:host=rmsprop,lr=3e-3,momentum=0.5,rank=2")
+    assert isinstance(optimizer, pullback.OCNOpt)
+    assert isinstance(optimizer.host.optimizer, torch.optim.RMSprop)
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.003, 0.5)
+    assert isinstance(optimizer.metric, pullback.Sampled)
+    assert (optimizer.metric.m, optimizer.metric.seed) == (2, 5)
+    assert make("ocnopt:feedback=false,rank=none").feedback is False
+    assert isinstance(make("ocnopt:host=kronecker,lr=0.5,momentum=0.8").host.optimizer, pullback.Kronecker)
+    assert make("ocnopt:form=positive,bound=none").form == "positive"
+    assert isinstance(make("ocnopt:host=adam,weight_decay=1e-2").host.optimizer, torch.optim.Adam)
 
 
 class Accelerated(pullback.GaussNewton):
@@ -152,7 +182,8 @@ def test_words_and_truth_values_reach_a_class_that_hands_options_on(monkeypatch:
         parse_optimizers("accelerated:geodesic=yes")
 
 
-@pytest.mark.parametrize("text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1"])
+@pytest.mark.parametrize("text", ["adam:lr=-1", "muon:lr=-1", "layerwise-metric:samples=0", "gauss-newton:damping=-1",
+                                  "ocnopt:host=lbfgs", "ocnopt:host=adam,momentum=0.9", "ocnopt:eps=-1"])  # fmt: skip
 def test_a_refused_value_is_one_sentence(text: str) -> None:
     with pytest.raises(SpecError, match="refuses"):
         make(text)

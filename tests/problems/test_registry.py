@@ -59,7 +59,8 @@ def test_the_embedded_problems_are_listed() -> None:
     assert {"function-2d", "sinc", "residual", "rates", "uci", "digits-regression"} <= set(names)
     assert names == sorted(names)
     assert all(entry.summary and "\n" not in entry.summary for entry in entries())
-    assert {entry.name for entry in entries() if entry.needs_data} == {"fashion-mnist", "fashion-mnist-cnn", "uci"}
+    reading = {"cifar10", "fashion-mnist", "fashion-mnist-cnn", "shakespeare", "uci"}
+    assert {entry.name for entry in entries() if entry.needs_data} == reading
     assert all("data" not in entry.parameters for entry in entries())
 
 

@@ -68,7 +68,7 @@ def test_the_record_of_a_run(line: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["sgd", "adam", "adamw", "lbfgs", "muon", "soap", "layerwise-metric", "gauss-newton"]
+    "optimizer", ["sgd", "adam", "adamw", "rmsprop", "lbfgs", "muon", "soap", "layerwise-metric", "gauss-newton"]
 )
 def test_every_optimizer_lowers_the_loss(line: Problem, optimizer: str) -> None:
     result = run(line, f"{optimizer}:lr=0.1", budget=Budget(steps=10))

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from pullback.problems import Budget, MissingExtraError, load_problem, run
+from pullback.problems import Budget, MissingExtraError, SpecError, load_problem, run
 
 SHAPES = [("digits", 64, 10), ("wine", 13, 3), ("breast-cancer", 30, 2), ("diabetes", 10, 1)]
 
@@ -76,6 +76,22 @@ def test_options() -> None:
     assert [tuple(p.shape) for p in problem.make_model(0).parameters()][::2] == [(32, 64), (16, 32), (10, 16)]
     assert problem.name == "digits:batch_size=64,width=32,dtype=float64"
     assert load_problem("digits:batch_size=none").batch_size is None
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-regression", "wine", "breast-cancer", "diabetes"])
+def test_depth_is_linear_layers_of_one_width(name: str) -> None:
+    model = load_problem(f"{name}:depth=5,width=12,batch_size=32").make_model(0)
+    first, *hidden, last = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
+    assert (first[0], hidden, last[1]) == (12, [(12, 12)] * 3, 12)
+    assert len(list(load_problem(f"{name}:depth=1").make_model(0).parameters())) == 2
+    with pytest.raises(SpecError, match=r"depth of .* is 0; give 1 or more"):
+        load_problem(f"{name}:depth=0")
+
+
+def test_the_default_digits_are_64_64_32_10() -> None:
+    problem = load_problem("digits")
+    assert [tuple(p.shape) for p in problem.make_model(0).parameters()][::2] == [(64, 64), (32, 64), (10, 32)]
+    assert problem.batch_size == 128
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pullback.cli import compare, listing, train
+from pullback.cli import compare, flow, listing, sweep, train
 
 app = typer.Typer(
     name="pullback",
@@ -39,3 +39,5 @@ app.command("problems", epilog=listing.PROBLEMS_EXAMPLES)(listing.problems)
 app.command("optimizers", epilog=listing.OPTIMIZERS_EXAMPLES)(listing.optimizers)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command("flow", epilog=flow.EXAMPLES)(flow.flow)

@@ -15,6 +15,7 @@ EXAMPLES = options.examples(
     "pullback compare wine --optimizers gauss-newton:damping=0.1,lr=0.5,lbfgs",
     "pullback compare function-2d:depth=9 --steps 100 --target 1e-6,1e-10",
     "pullback compare fashion-mnist:rows=2000 --data DIR --seconds 20 --seeds 5",
+    "pullback compare cifar10 --data DIR --target-validation 0.4,loss=1.6 --stop",
 )
 
 
@@ -32,6 +33,7 @@ def compare(
     steps: options.StepsOption = None,
     epochs: options.EpochsOption = None,
     target: options.TargetOption = None,
+    target_validation: options.TargetValidationOption = None,
     stop: options.StopOption = False,
     seeds: options.SeedsOption = 3,
     threads: options.ThreadsOption = 1,
@@ -52,6 +54,7 @@ def compare(
             parse_optimizers(optimizers),
             budget=make_budget(seconds, steps, epochs),
             targets=parse_targets(target),
+            target_validation=target_validation,
             stop=stop,
             seeds=seeds,
             threads=threads,

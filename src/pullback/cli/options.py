@@ -44,8 +44,20 @@ TargetOption: TypeAlias = Annotated[
         metavar="L,...",
     ),
 ]
+TargetValidationOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Levels of the test metric on the validation data to report steps and seconds to, separated by commas; "
+        "loss=L for the loss on them.",
+        metavar="V,...",
+    ),
+]
 StopOption: TypeAlias = Annotated[
-    bool, typer.Option("--stop", help="End each run once it has reached the lowest target.")
+    bool,
+    typer.Option(
+        "--stop",
+        help="End each run once it has reached all targets stated; of the problem's own, the lowest.",
+    ),
 ]
 SeedsOption: TypeAlias = Annotated[
     int, typer.Option(help="How many seeds: initial models and batch orders.", metavar="N", min=1)
@@ -55,8 +67,9 @@ DataOption: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="Data folder, for the problems that read one.", metavar="DIR", envvar="PULLBACK_DATA"),
 ]
+OutFolder: TypeAlias = Path | None
 OutOption: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Keep result.json and loss.png in this folder.", metavar="DIR")
+    OutFolder, typer.Option(help="Keep result.json and loss.png in this folder.", metavar="DIR")
 ]
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")

@@ -1,29 +1,39 @@
-"""What `train` and `compare` have in common: run, show, keep."""
+"""What `train`, `compare` and `sweep` have in common: run, show, keep."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
+from rich.console import Console, RenderableType
 
 from pullback.cli.progress import RunsBar
 from pullback.cli.render import render
+from pullback.cli.render_sweep import render_sweep
 from pullback.cli.reporting import stderr, stdout
 from pullback.errors import PullbackError
-from pullback.plotting import require_matplotlib, save_plot
+from pullback.plotting import require_matplotlib, save_plot, save_sweep
 from pullback.problems import (
     Budget,
     Comparison,
+    Grid,
     InterruptedComparison,
+    Measure,
     OptimizerSpec,
+    Problem,
     SpecError,
+    Sweep,
+    Target,
+    ValidationTarget,
     compare,
     load_problem,
 )
 from pullback.problems.options import parse_value
+from pullback.problems.record import Json
+from pullback.problems.target import LOSS
 
 
 def make_budget(seconds: float | None, steps: int | None, epochs: int | None) -> Budget | None:
@@ -68,12 +78,38 @@ def parse_targets(text: str | None) -> tuple[float, ...] | None:
     return tuple(dict.fromkeys(numbers))
 
 
+def parse_validation_targets(text: str | None, problem: Problem) -> tuple[ValidationTarget, ...]:
+    """Reads the levels of ``--target-validation``.
+
+    Args:
+        text: Numbers separated by commas, those of the loss written ``loss=L``; or None.
+        problem: Whose test metric the bare numbers are of.
+
+    Returns:
+        The levels, each once, in the order written; none if nothing is stated.
+
+    Raises:
+        SpecError: If one is not a finite number, or nobody knows which way the metric should go.
+    """
+    levels = []
+    for part in text.split(",") if text is not None else []:
+        key, equals, number = part.rpartition("=")
+        level = parse_value(number)
+        if not isinstance(level, int | float) or isinstance(level, bool) or (equals and key.strip() != LOSS):
+            raise SpecError(
+                f"--target-validation is {text!r}; write levels of the test metric separated by commas, or loss=L."
+            )
+        levels.append(ValidationTarget(LOSS if equals else problem.metric_name, float(level)))
+    return tuple(dict.fromkeys(levels))
+
+
 def race(
     problem: str,
     specs: Sequence[OptimizerSpec],
     *,
     budget: Budget | None,
     targets: tuple[float, ...] | None = None,
+    target_validation: str | None = None,
     stop: bool = False,
     seeds: int,
     threads: int,
@@ -88,7 +124,9 @@ def race(
         specs: The optimizers.
         budget: When each run stops; the problem's default if None.
         targets: Training losses whose time of arrival is reported; the problem's own if None.
-        stop: Whether a run ends once it has reached the lowest of them.
+        target_validation: From ``--target-validation``.
+        stop: Whether a run ends once it has reached all that were stated; the lowest of the problem's own if none
+            were.
         seeds: How many seeds.
         threads: Threads that torch may use.
         data: The data folder.
@@ -102,25 +140,115 @@ def race(
         PullbackError: If what was asked for means nothing, before anything is trained.
         InterruptedComparison: After Ctrl-C, once what was reached is printed and kept.
     """
-    console = stderr()
-    if out is not None:
-        _prepare(out)
-    with console.status("loading"):
-        loaded = load_problem(problem, data)
+    loaded = _load(problem, data, out)
     if targets is not None:
         loaded = replace(loaded, targets=targets)
-    if stop and not loaded.targets:
+    wanted = parse_validation_targets(target_validation, loaded)
+    loaded = replace(loaded, validation_targets=wanted)
+    if stop and not (loaded.targets or wanted):
         raise SpecError(f"--stop needs a target, and {loaded.name} has none; give one with --target.")
-    until = min(loaded.targets) if stop else None
+    training = [] if wanted and targets is None else [min(loaded.targets, default=None)]
+    until = [level for level in (*training, *wanted) if stop and level is not None]
+
+    def pictures(result: Comparison, folder: Path) -> list[Path]:
+        return [save_plot(result, folder / "loss.png")]
+
+    report = _Report(Comparison.to_json, render, pictures)
+    return _execute(
+        loaded, specs, report, budget=budget, until=until, seeds=seeds, threads=threads, out=out, as_json=as_json
+    )
+
+
+def run_sweep(
+    problem: str,
+    grids: Sequence[Grid],
+    *,
+    budget: Budget | None,
+    metric: str | None,
+    seeds: int,
+    threads: int,
+    data: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> Sweep:
+    """Runs every combination of some grids on a problem, prints the result and keeps it.
+
+    Args:
+        problem: What the command line calls the problem.
+        grids: The grids, one per optimizer.
+        budget: When each run stops; the problem's default if None.
+        metric: From ``--metric``.
+        seeds: How many seeds.
+        threads: Threads that torch may use.
+        data: The data folder.
+        out: Folder for ``result.json`` and a map per optimizer, made if need be.
+        as_json: Whether to print JSON rather than a table.
+
+    Returns:
+        The runs, with their grids.
+
+    Raises:
+        PullbackError: If what was asked for means nothing, before anything is trained.
+        InterruptedComparison: After Ctrl-C, once what was reached is printed and kept.
+    """
+    # Cells are judged at their end, so the times to the problem's own levels would only widen the table.
+    loaded = replace(_load(problem, data, out), targets=())
+    measure = Measure.of(loaded, metric)
+
+    def swept(result: Comparison) -> Sweep:
+        return Sweep(result, tuple(grids), measure)
+
+    report = _Report(
+        to_json=lambda result: swept(result).to_json(),
+        table=lambda result, _console: render_sweep(swept(result)),
+        pictures=lambda result, folder: save_sweep(swept(result), folder),
+    )
+    specs = [spec for grid in grids for spec in grid.specs()]
+    return swept(_execute(loaded, specs, report, budget=budget, seeds=seeds, threads=threads, out=out, as_json=as_json))
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What becomes of runs: the object that is printed or kept, the table, and the pictures in a folder."""
+
+    to_json: Callable[[Comparison], Json]
+    table: Callable[[Comparison, Console], RenderableType]
+    pictures: Callable[[Comparison, Path], list[Path]]
+
+
+def _load(problem: str, data: Path | None, out: Path | None) -> Problem:
+    if out is not None:
+        _prepare(out)
+    with stderr().status("loading"):
+        return load_problem(problem, data)
+
+
+def _execute(
+    problem: Problem,
+    specs: Sequence[OptimizerSpec],
+    report: _Report,
+    *,
+    budget: Budget | None,
+    until: Sequence[Target] = (),
+    seeds: int,
+    threads: int,
+    out: Path | None,
+    as_json: bool,
+) -> Comparison:
+    """Runs, prints and keeps, after Ctrl-C too."""
     interruption: InterruptedComparison | None = None
-    with RunsBar(console, len(specs) * seeds) as bar:
+    with RunsBar(stderr(), len(specs) * seeds) as bar:
         try:
-            result = compare(loaded, specs, seeds=seeds, budget=budget, until=until, threads=threads, progress=bar)
+            result = compare(problem, specs, seeds=seeds, budget=budget, until=until, threads=threads, progress=bar)
         except InterruptedComparison as interrupted:
             interruption, result = interrupted, interrupted.comparison
-    _show(result, as_json)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(result), allow_nan=False))
+    else:
+        console = stdout()
+        console.print(report.table(result, console))
     if out is not None:
-        _keep(result, out)
+        _keep(result, report, out)
     if interruption is not None:
         raise interruption
     return result
@@ -148,19 +276,12 @@ def _prepare(out: Path) -> None:
         raise PullbackError(f"the folder {out} cannot be made ({error.strerror}); choose another --out.") from error
 
 
-def _show(result: Comparison, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), allow_nan=False))
-        return
-    console = stdout()
-    console.print(render(result, console))
-
-
-def _keep(result: Comparison, out: Path) -> None:
-    record, picture = out / "result.json", out / "loss.png"
+def _keep(result: Comparison, report: _Report, out: Path) -> None:
+    record = out / "result.json"
     try:
-        record.write_text(json.dumps(result.to_json(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        save_plot(result, picture)
+        record.write_text(json.dumps(report.to_json(result), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        kept = [record, *report.pictures(result, out)]
     except OSError as error:
         raise PullbackError(f"{out} cannot be written to ({error.strerror}); choose another --out.") from error
-    stderr().print(f"kept {record} and {picture}", markup=False, soft_wrap=True)
+    named = ", ".join(str(path) for path in kept[:-1])
+    stderr().print(f"kept {named} and {kept[-1]}", markup=False, soft_wrap=True)

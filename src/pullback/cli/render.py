@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pullback.problems import Arrival, Comparison, Quartiles, Summary, summarise
+from pullback.problems import Arrival, Comparison, Quartiles, Summary, Target, summarise
+from pullback.problems.target import name_of
 
 _Column = tuple[str, Callable[[Summary], str]]
 _Name = Callable[[str], str]
@@ -30,22 +31,45 @@ def render(result: Comparison, console: Console) -> RenderableType:
     """
     summaries = summarise(result.runs)
     outcome, times = _outcome(summaries, result.metric), _times(summaries)
-    seeds = len({run.seed for run in result.runs})
-    threads = result.machine["threads"]
-    title = f"{result.problem}, {seeds} seed{'s' * (seeds != 1)}, {threads} thread{'s' * (threads != 1)}"
     halves = [columns for columns in (outcome, times) if columns]
-    parts: list[RenderableType] = [Text(title, style="bold")]
+    parts: list[RenderableType] = [headline(result)]
     parts += (
         _tables(summaries, [[*outcome, *times]], [str], console)
         or _tables(summaries, halves, [str, _folded], console)
         or [_list(summary, [*outcome, *times]) for summary in summaries]
     )
-    parts += [
+    return Group(*parts, *failures(result))
+
+
+def headline(result: Comparison) -> Text:
+    """Names the problem, the seeds and the threads.
+
+    Args:
+        result: The runs.
+
+    Returns:
+        A line.
+    """
+    seeds = len({run.seed for run in result.runs})
+    threads = result.machine["threads"]
+    title = f"{result.problem}, {seeds} seed{'s' * (seeds != 1)}, {threads} thread{'s' * (threads != 1)}"
+    return Text(title, style="bold")
+
+
+def failures(result: Comparison) -> list[Text]:
+    """Says why runs ended early.
+
+    Args:
+        result: The runs.
+
+    Returns:
+        A line per run that failed or was interrupted.
+    """
+    return [
         Text(f"{run.label}, seed {run.seed}, step {run.steps}: {run.failure}", style="red")
         for run in result.runs
         if run.failure is not None
     ]
-    return Group(*parts)
 
 
 def number(value: float | None) -> str:
@@ -86,6 +110,8 @@ def _outcome(summaries: Sequence[Summary], metric: str) -> list[_Column]:
         columns.append(("worst\nloss", lambda summary: number(summary.loss.worst if summary.loss else None)))
     if any(summary.test is not None for summary in summaries):
         columns.append((f"test\n{metric}", lambda summary: _median(summary.test)))
+    if any(summary.validation_score is not None for summary in summaries):
+        columns.append((f"valid.\n{metric}", lambda summary: _median(summary.validation_score)))
     columns.append(("steps", lambda summary: _NOTHING if summary.steps is None else f"{summary.steps.median:.0f}"))
     if any(summary.trials is not None for summary in summaries):
         columns.append(("trials\n/step", lambda summary: _median(summary.trials)))
@@ -103,13 +129,17 @@ def _times(summaries: Sequence[Summary]) -> list[_Column]:
     columns: list[_Column] = []
     for level in levels:
         columns += [
-            (f"steps to{first}{level:g}{second}", _steps_to(level)),
-            (f"s to{first}{level:g}{second}", _seconds_to(level)),
+            (f"steps to{first}{_short(level)}{second}", _steps_to(level)),
+            (f"s to{first}{_short(level)}{second}", _seconds_to(level)),
         ]
     return columns
 
 
-def _steps_to(level: float) -> Callable[[Summary], str]:
+def _short(level: Target) -> str:
+    return name_of(level).replace("validation", "valid.")
+
+
+def _steps_to(level: Target) -> Callable[[Summary], str]:
     def text(summary: Summary) -> str:
         found = summary.reached[level]
         return _typical(found, found.steps, found.worst_steps, lambda steps: f"{steps:.0f}")
@@ -117,7 +147,7 @@ def _steps_to(level: float) -> Callable[[Summary], str]:
     return text
 
 
-def _seconds_to(level: float) -> Callable[[Summary], str]:
+def _seconds_to(level: Target) -> Callable[[Summary], str]:
     def text(summary: Summary) -> str:
         found = summary.reached[level]
         return f"{_typical(found, found.seconds, found.worst_seconds, number)} ({found.count}/{found.runs})"

@@ -17,6 +17,7 @@ different rates, e_l counts for a slower one by its rate over the largest before
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class Loop:
         self.scales = scales
         self.rates = list(rates)
         # A stage slower than those before it must not undo what they did: it answers by its share.
-        before = [max(self.rates[:k], default=0.0) for k in range(len(self.rates))]
+        before = [0.0, *itertools.accumulate(self.rates[:-1], max)]
         self._shares = [min(1.0, rate / most) if most else 1.0 for rate, most in zip(self.rates, before, strict=True)]
         self._largest = max(self.rates) or 1.0
         self.roots = roots
@@ -106,7 +107,7 @@ class Loop:
             far = alpha * self.rates[k]
             v = self.e0 if far == 1 else self.e0 * far
             if k:
-                v = v + self._shares[k] * self.course.deviation(passage, k, moved)
+                v = torch.add(v, self.course.deviation(passage, k, moved), alpha=self._shares[k])
             if rho is not None:
                 v = v + alpha**2 * self.rates[k] / self._largest * rho[k]
             if self._shifted is not None:
@@ -117,6 +118,7 @@ class Loop:
             moved[k] = steps = self._real(k, steps)
             self._move(k, steps)
 
+        self.tails.ready()
         passage = Passage(self.course.terms, self.course.moments, arrived, self.roots)
         loss = self._watch(passage, arrived)
         return Sweep([moved[k] for k in range(len(self.course.stages))], loss)
@@ -137,12 +139,25 @@ class Loop:
         steps = self.tails.joint(self.e0 + self._shifted[0], self.rest)
         return [[s + p for s, p in zip(own, ps, strict=True)] for own, ps in zip(steps, self.shift, strict=True)]
 
-    def anticipate(self, direction: Packed, h: float) -> list[Tensor]:
+    def products(self, direction: Packed) -> list[Tensor]:
+        """U d of every stage, shape (R,) each.
+
+        Args:
+            direction: d by stage and block, in units of the mass, before learning rates.
+        """
+        out = []
+        for k, steps in enumerate(direction):
+            pairs = zip(self.course.stages[k], self._real(k, steps), strict=True)
+            out.append(torch.stack([block.matvec(d) for block, d in pairs]).sum(0))
+        return out
+
+    def anticipate(self, direction: Packed, h: float, products: Sequence[Tensor]) -> list[Tensor]:
         """The remainder behind each cut for steps along a direction; weights end as they were.
 
         Args:
             direction: d by stage and block, in units of the mass, before learning rates.
             h: how far to look along it.
+            products: its :meth:`products`.
 
         Returns:
             rho_l per stage, shape (R,) each.
@@ -168,8 +183,7 @@ class Loop:
         remainders = []
         for k in range(end):
             remainders.append((found[k] - seen) / h**2)
-            for block, step in zip(self.course.stages[k], moved[k], strict=True):
-                seen = seen + block.matvec(step)
+            seen = seen + h * self.rates[k] * products[k]
         last = (self.course.deviation(passage, end, moved) - seen) / h**2
         return [last - own for own in remainders]
 
@@ -195,8 +209,11 @@ class Loop:
 
     def _move(self, k: int, steps: Sequence[Tensor]) -> None:
         for block, step in zip(self.course.stages[k], steps, strict=True):
-            for p, piece in zip(block.params, block.unpack(step), strict=True):
-                p.add_(piece)
+            start = 0
+            for p in block.params:
+                stop = start + p.numel()
+                p.add_(step[start:stop].view(p.shape))
+                start = stop
 
     def _tail_sums(self, shift: Packed) -> list[Tensor]:
         sums: list[Tensor] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pullback.control.route import Later, Route
 from pullback.curvature import Block
+from pullback.curvature.scalars import cast
 from pullback.tape import Passage, Rows, Term
 
 #: packed steps of the blocks of the stages decided so far, by number of the stage
@@ -50,7 +51,7 @@ class Course:
             if plan.broken is not None:
                 parts.append(self.linear(t, moved))
                 continue
-            e = passage.measured(t, plan.rank).to(self.terms[t].e0.dtype)
+            e = cast(passage.measured(t, plan.rank), self.terms[t].e0.dtype)
             for later in plan.later:
                 if later.stage in moved:
                     e = e + self._behind(t, later, moved[later.stage][later.block])

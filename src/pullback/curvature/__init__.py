@@ -1,10 +1,12 @@
 """Metrics of parameters: blocks, the groups they form, and the spaces their metrics are inverted in."""
 
+from pullback.curvature.averages import Averages, Form
 from pullback.curvature.block import Block, blocks_of
 from pullback.curvature.cholesky import Factorised, factorise
 from pullback.curvature.choose import SOLVERS, Space, solver_for
 from pullback.curvature.dual import Dual
 from pullback.curvature.free import MatrixFree
+from pullback.curvature.kronecker import Averaged, Shared
 from pullback.curvature.linearisation import Gradient, Linearisation
 from pullback.curvature.mass import Mass, check_mass, scales_of, weigh
 from pullback.curvature.partition import Partition, check_partition, divide
@@ -17,15 +19,19 @@ from pullback.tape.memory import memory_budget
 
 __all__ = [
     "SOLVERS",
+    "Averaged",
+    "Averages",
     "Block",
     "Dual",
     "Factorised",
+    "Form",
     "Gradient",
     "Linearisation",
     "Mass",
     "MatrixFree",
     "Partition",
     "Primal",
+    "Shared",
     "Solver",
     "Space",
     "Tails",

@@ -116,11 +116,13 @@ def _attempt(A: Tensor, shift: float, memory: Tensor | None = None) -> Tensor | 
     whole = A.clone() if memory is None else memory
     shifted = whole if memory is None else memory[:m, :m].copy_(A)
     shifted.diagonal().add_(shift)
-    # Transposed it is column-major, as LAPACK wants it: no copy on the way in or out, and above becomes below.
+    # Transposed it is column-major, as LAPACK wants it: no copy on the way in or out, and above becomes below. One
+    # object for input and output, for otherwise what is above is copied onto itself along columns (a tenth of it all).
+    L = whole.mT
     info = torch.empty((), dtype=torch.int32, device=A.device)
-    torch.linalg.cholesky_ex(whole.mT, out=(whole.mT, info))
+    torch.linalg.cholesky_ex(L, out=(L, info))
     if info.item() == 0 and math.isfinite(shifted.diagonal().sum().item()):
-        return whole.mT
+        return L
     if memory is not None:
         # What is not finite may have spread into the border.
         set_border(memory, m)

@@ -11,6 +11,7 @@ in front of the split, primal behind it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor
 from pullback.curvature.block import Block
 from pullback.curvature.cholesky import Factorised, border_of, factorise
 from pullback.curvature.primal import Primal
+from pullback.curvature.scalars import cast
 from pullback.curvature.workspace import Workspace
 from pullback.errors import StepError
 from pullback.tape.memory import memory_budget, shown, width
+from pullback.tape.rules.linear import LinearRows
 
 
 class Tails:
@@ -64,13 +67,15 @@ class Tails:
     def _choose(self, space: str, budget: float) -> int:
         L, R = len(self.stages), self.R
         grams = sum(block.gram_flops() for blocks in self.stages for block in blocks)
+        behind = [*itertools.accumulate(reversed(self.sizes), initial=0)][::-1]
 
         def cost(split: int) -> float:
-            n = sum(self.sizes[split:])
+            n = behind[split]
             return (grams + split * R**3 / 3 if split else 0.0) + (R * n**2 + n**3 / 3 if n else 0.0)
 
         def numbers(split: int) -> float:
-            return 2.0 * split * R**2 + R**2 + 3.0 * sum(self.sizes[split:]) ** 2
+            # Beside tails and factors: the sum of what lies behind the split, and one block's share.
+            return (2.0 * split + 1.0 + (0 < split < L)) * R**2 + 3.0 * behind[split] ** 2
 
         every = {"dual": [L], "primal": [0]}.get(space, range(L + 1))
         each = width(self.dtype)
@@ -116,22 +121,19 @@ class Tails:
     def _cumulated(self) -> list[Tensor]:
         """Grams of the tails on and above the diagonal, the last first summed."""
         like = torch.empty(0, dtype=self.dtype, device=self.stages[0][0].params[0].device)
+        part = self.workspace.square("part", self.R, like)
         sums: list[Tensor] = []
         tail: Tensor | None = None
         for k in range(len(self.stages) - 1, -1, -1):
             # Behind the split only the sum is needed.
-            C = self.workspace.square(("tail", min(k, self.split - 1)), self.R, like) if k < self.split else tail
+            C = self.workspace.square(("tail", k) if k < self.split else "tail sum", self.R, like)
             for b, block in enumerate(self.stages[k]):
-                if C is None:
-                    C = block.gram(self.workspace.square("tail sum", self.R, like), half=True)
-                elif b == 0 and k < self.split:
-                    found = block.gram(C, half=True)
-                    C = found if tail is None else torch.add(found, tail, out=C)
+                if b or tail is C:
+                    C += block.gram(part, half=True)
                 else:
-                    C += block.gram(self.workspace.square("part", self.R, like), half=True)
+                    C = _onto(block, tail, C, part)
             tail = C
             if k < self.split:
-                assert C is not None
                 sums.append(C)
         return sums[::-1]
 
@@ -152,6 +154,13 @@ class Tails:
         self.form()
         self._mu = mu
         self._factors = {}
+
+    def ready(self) -> None:
+        """Make every factor that is still missing: between the small calls of a run it would clear the caches."""
+        for k in range(self.split):
+            self._dual(k)
+        if self._primal is not None:
+            self._leading(self._primal.matrix.shape[0])
 
     def _dual(self, k: int) -> Factorised:
         if k not in self._factors:
@@ -176,10 +185,10 @@ class Tails:
             Packed steps of its blocks.
         """
         out = v.dtype
-        v = v.to(self.dtype)
+        v = cast(v, self.dtype)
         if k >= self.split:
-            return [part.to(out) for part in self._primal_step(k, v, rest)[-1]]
-        w = self._weights(k, v, rest).neg()
+            return [cast(part, out) for part in self._primal_step(k, v, rest)[-1]]
+        w = self._weights(k, v, rest).neg_()
         steps = [block.rmatvec(w) for block in self.stages[k]]
         if rest is not None:
             steps = [s - h.to(self.dtype) / self._mu for s, h in zip(steps, rest[k], strict=True)]
@@ -248,3 +257,12 @@ class Tails:
         stages = self.stages[start:stop][::-1]
         pieces = iter(vector.split([block.n for blocks in stages for block in blocks]))
         return [[next(pieces) for _ in blocks] for blocks in stages]
+
+
+def _onto(block: Block, tail: Tensor | None, out: Tensor, scratch: Tensor) -> Tensor:
+    """A block's Gram and the tail behind it, on and above the diagonal; in one pass where that can be had."""
+    rows = block.rows[0] if len(block.sizes) == 1 else None
+    if isinstance(rows, LinearRows) and rows.stripped:
+        return rows.gram_onto(tail, out, scratch)
+    found = block.gram(out, half=True)
+    return found if tail is None else torch.add(found, tail, out=out)

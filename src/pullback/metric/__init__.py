@@ -4,6 +4,7 @@ from pullback.metric.base import ElementwiseMetric, OutputMetric
 from pullback.metric.bernoulli import Bernoulli
 from pullback.metric.categorical import Categorical
 from pullback.metric.custom import Custom
+from pullback.metric.empirical import Empirical
 from pullback.metric.gaussian import Gaussian
 from pullback.metric.heads import Heads
 from pullback.metric.hessian import LossHessian
@@ -18,6 +19,7 @@ __all__ = [
     "Criteria",
     "Custom",
     "ElementwiseMetric",
+    "Empirical",
     "Gaussian",
     "Heads",
     "Huber",

@@ -80,6 +80,21 @@ class OutputMetric(ABC):
             finds it as the part of the gradient that ``U^T e_0`` does not explain.
         """
 
+    def factor_at(
+        self, z: Tensor, weight: Tensor, costate: Tensor, samples: int, target: Tensor | None = None
+    ) -> Tensor:
+        """The factor where the costate is known too; only an empirical metric looks at it.
+
+        Args:
+            z: as in :meth:`factor`.
+            weight: as in :meth:`factor`.
+            costate: gradient of the loss with respect to ``z``, same shape.
+            samples: as in :meth:`factor`.
+            target: as in :meth:`factor`.
+        """
+        del costate
+        return self.factor(z, weight, samples, target)
+
     def columns(self, z: Tensor, samples: int) -> int:
         """Columns of :meth:`factor`, so that what it will take can be said before it is taken.
 

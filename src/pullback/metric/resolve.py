@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pullback.errors import MetricError
 from pullback.metric.base import OutputMetric
 from pullback.metric.criteria import CRITERIA, HINTS, known
+from pullback.metric.empirical import Empirical
 from pullback.metric.hessian import LossHessian
 from pullback.metric.sampled import Sampled
 
@@ -41,9 +42,9 @@ def resolve(criterion: object, metric: OutputMetric | None) -> OutputMetric:
         raise TypeError(f"metric must be a pullback metric such as Gaussian(), got {metric!r}.")
     if metric is None:
         return _own(criterion)
-    if isinstance(metric, Sampled) and metric.metric is None:
+    if isinstance(metric, Sampled | Empirical) and metric.metric is None:
         metric.bind(_own(criterion))
-    inner = metric.metric if isinstance(metric, Sampled) else metric
+    inner = metric.metric if isinstance(metric, Sampled | Empirical) else metric
     if isinstance(inner, LossHessian):
         if criterion is None:
             raise MetricError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.control import Course, Loop, Packed, Route, Sweep
-from pullback.curvature import Tails
+from pullback.curvature import Block, Tails
 from pullback.errors import StepError
 from pullback.optim.attempt import Attempt, decrease
 from pullback.optim.options import Momentum
@@ -90,8 +90,9 @@ class ClosedLoop:
         loop = self._loop()
         joint = loop.joint()
         self.clock.mark("solve")
-        slope, predicted = self._promise(joint, mu)
-        rho = self._remainder(loop, joint)
+        products = loop.products(joint)
+        slope, predicted = self._promise(loop, joint, products, mu)
+        rho = self._remainder(loop, joint, products)
         self.clock.mark("look")
         kept, note, alpha, runs = self._search(loop, rho)
         self.clock.mark("trial")
@@ -106,11 +107,11 @@ class ClosedLoop:
         runs += self.anticipate and not self.coarse
         return Attempt(step, mu, alpha, slope, predicted, kept.loss, self.tails.spaces, runs, note, grow)
 
-    def _remainder(self, loop: Loop, joint: Packed) -> list[Tensor] | None:
+    def _remainder(self, loop: Loop, joint: Packed, products: Sequence[Tensor]) -> list[Tensor] | None:
         """What will arise behind each cut; None if it is not wanted or not to be trusted."""
         if not self.anticipate or self.coarse:
             return None
-        rho = loop.anticipate(joint, LOOK)
+        rho = loop.anticipate(joint, LOOK, products)
         if not all(bool(torch.isfinite(r).all()) for r in rho):
             return None
         if len(rho) == 1 and _norm(loop.tails.joint(rho[0])) > BOUND * loop.rates[0] * _norm(joint):
@@ -190,8 +191,8 @@ class ClosedLoop:
             shift=shift,
         )
 
-    def _rate(self, blocks: Sequence[object]) -> float:
-        rates = {self.rates[id(p)] for block in blocks for p in block.params}  # type: ignore[attr-defined]
+    def _rate(self, blocks: Sequence[Block]) -> float:
+        rates = {self.rates[id(p)] for block in blocks for p in block.params}
         if len(rates) > 1:
             raise ValueError(
                 f"The parameters of one stage have different learning rates ({', '.join(map(str, sorted(rates)))}); "
@@ -199,15 +200,14 @@ class ClosedLoop:
             )
         return rates.pop()
 
-    def _promise(self, joint: Packed, mu: float) -> tuple[float, float]:
+    def _promise(self, loop: Loop, joint: Packed, products: Sequence[Tensor], mu: float) -> tuple[float, float]:
         """Slope along, and decrease promised for, the joint step; a sweep keeps it to first order (docs/theory 11)."""
         Us = torch.zeros_like(self.e0)
         slope = norm2 = 0.0
         for k, number in enumerate(self.route.order):
-            own = self.groups.gradients[number]
-            rate = self._rate(self.groups.plain[number])
-            for block, g, d in zip(self.groups.blocks[number], own.g, joint[k], strict=True):
-                Us += rate * block.matvec(d)
+            rate = loop.rates[k]
+            Us += rate * products[k]
+            for g, d in zip(self.groups.gradients[number].g, joint[k], strict=True):
                 slope += rate * float(g @ d)
                 norm2 += rate**2 * float(d @ d)
         return slope, decrease(self.e0, Us, slope, mu * norm2, self.groups.lin.exact, self.whole)

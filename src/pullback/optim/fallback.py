@@ -24,6 +24,10 @@ class Fallback:
     def __contains__(self, p: object) -> bool:
         return any(p is member for member in self.members)
 
+    def ids(self) -> set[int]:
+        """Ids of its parameters."""
+        return {id(p) for p in self.members}
+
     def step(self, strays: Sequence[Tensor]) -> None:
         """Step on the gradients of parameters; new ones join as a group of their own."""
         fresh = [p for p in strays if p not in self]

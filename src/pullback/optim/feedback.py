@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
@@ -9,7 +10,6 @@ from torch import nn
 
 from pullback.control import Route, key_of
 from pullback.curvature import Linearisation, Tails
-from pullback.errors import StepError
 from pullback.metric import Criteria
 from pullback.optim.attempt import Policy
 from pullback.optim.base import PullbackOptimizer
@@ -18,7 +18,7 @@ from pullback.optim.coverage import Treated
 from pullback.optim.options import Damping, Options
 from pullback.optim.search import Clock
 from pullback.optim.system import Groups
-from pullback.tape import ClosureReplay, Passage, in_time, replay, replayable, rerun, root_of
+from pullback.tape import Passage, in_time, rerun
 
 
 class ClosedLoops:
@@ -105,33 +105,18 @@ class ClosedLoops:
     ) -> tuple[Callable[[Passage], float], Sequence[int] | int]:
         """How the model is run again, and which of its calls that repeats."""
         recorder, model, terms = opt._tape.recorder, opt.model, lin.terms
-        if closure is not None:
-            again = ClosureReplay(model, closure, opt._rng, opt._autocast)
+        again = (opt._trial if opt.damping.control == "gain" else opt._again)(terms, closure)
 
-            def by_closure(passage: Passage) -> float:
-                with recorder.heard(passage):
-                    return float(again())
-
-            return by_closure, opt._first_root
-        if replayable(terms):
-
-            def by_replay(passage: Passage) -> float:
-                with recorder.heard(passage):
-                    return float(replay(model, terms))
-
-            return by_replay, [root.serial for root in in_time(root_of(term) for term in terms)]
-        if opt.damping.control == "gain":
-            raise StepError(
-                "The loss cannot be evaluated again: the criterion did not get the model's output itself, or none was "
-                "given; pass step() a closure, or use damping=Damping(control='slope')."
-            )
-
-        def without_loss(passage: Passage) -> float:
+        def run(passage: Passage) -> float:
             with recorder.heard(passage):
+                if again is not None:
+                    return float(again())
                 rerun(model, terms)
-            return float("nan")
+                return math.nan
 
-        return without_loss, [root.serial for root in in_time(root for term in terms for root in term.roots)]
+        if closure is not None:
+            return run, opt._first_root
+        return run, [root.serial for root in in_time(root for term in terms for root in term.roots)]
 
 
 class FeedbackGaussNewton(PullbackOptimizer):

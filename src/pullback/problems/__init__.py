@@ -6,8 +6,10 @@
 ['sgd:lr=0.1', 'adam:lr=0.01']
 """
 
+from pullback.problems import cifar as _cifar  # noqa: F401 (registers its problems)
 from pullback.problems import fashion as _fashion  # noqa: F401 (registers its problems)
 from pullback.problems import kinetics as _kinetics  # noqa: F401 (registers its problems)
+from pullback.problems import shakespeare as _shakespeare  # noqa: F401 (registers its problems)
 from pullback.problems import sklearn_sets as _sklearn_sets  # noqa: F401 (registers its problems)
 from pullback.problems import synthetic as _synthetic  # noqa: F401 (registers its problems)
 from pullback.problems import uci as _uci  # noqa: F401 (registers its problems)
@@ -15,6 +17,7 @@ from pullback.problems.budget import Budget
 from pullback.problems.comparison import InterruptedComparison, compare
 from pullback.problems.entry import Entry
 from pullback.problems.errors import DataError, MissingExtraError, SpecError
+from pullback.problems.grid import Grid, parse_grid
 from pullback.problems.machine import machine, measuring
 from pullback.problems.optimizer_entry import OptimizerEntry
 from pullback.problems.optimizer_spec import OptimizerSpec, parse_optimizer, parse_optimizers
@@ -24,16 +27,21 @@ from pullback.problems.record import Comparison, Evaluation, InterruptedRun, Run
 from pullback.problems.registry import entries, load_problem, register
 from pullback.problems.runner import Progress, run
 from pullback.problems.summary import Arrival, Quartiles, Summary, summarise
+from pullback.problems.sweep import Cell, Measure, Sweep
+from pullback.problems.target import Target, ValidationTarget
 
 __all__ = [
     "Arrival",
     "Budget",
+    "Cell",
     "Comparison",
     "DataError",
     "Entry",
     "Evaluation",
+    "Grid",
     "InterruptedComparison",
     "InterruptedRun",
+    "Measure",
     "MissingExtraError",
     "OptimizerEntry",
     "OptimizerSpec",
@@ -43,12 +51,16 @@ __all__ = [
     "Run",
     "SpecError",
     "Summary",
+    "Sweep",
+    "Target",
+    "ValidationTarget",
     "compare",
     "entries",
     "load_problem",
     "machine",
     "measuring",
     "optimizer_entries",
+    "parse_grid",
     "parse_optimizer",
     "parse_optimizers",
     "register",

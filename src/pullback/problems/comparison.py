@@ -14,6 +14,7 @@ from pullback.problems.optimizers import optimizer_entry
 from pullback.problems.problem import Problem
 from pullback.problems.record import INTERRUPTED, Comparison, InterruptedRun, Run
 from pullback.problems.runner import Observer, run
+from pullback.problems.target import Target
 
 
 def compare(
@@ -22,7 +23,7 @@ def compare(
     *,
     seeds: int | Iterable[int] = 3,
     budget: Budget | None = None,
-    until: float | None = None,
+    until: Target | Sequence[Target] | None = None,
     threads: int = 1,
     progress: Observer | None = None,
 ) -> Comparison:
@@ -35,7 +36,8 @@ def compare(
         optimizers: ``name:key=value,...,name,...`` or the parsed forms.
         seeds: How many seeds, counted from 0, or the seeds themselves.
         budget: When each run stops; the problem's default if None.
-        until: Each run also stops once its training loss is at or below this.
+        until: Each run also stops once it has reached this level, a training loss or one on the validation data; of
+            several, each of them.
         threads: Threads that torch may use.
         progress: Called after each step.
 

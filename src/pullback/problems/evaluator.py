@@ -13,7 +13,7 @@ from pullback.problems.problem import Problem, Split
 from pullback.problems.record import Evaluation
 
 # Rows per forward pass of an evaluation: bounds the memory that activations of large data take.
-_CHUNK = 4096
+_CHUNK = 1024
 
 
 class Evaluator:
@@ -41,17 +41,17 @@ class Evaluator:
             steps: Steps so far.
 
         Returns:
-            The loss on all training data.
+            The loss on the training data.
         """
         problem = self._problem
         was_training = model.training
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss = self._loss(model, problem.train)
-            validation = None if problem.validation is None else self._loss(model, problem.validation)
+            loss = self._loss(model, problem.reported or problem.train)
+            validation, score = (None, None) if problem.validation is None else self._both(model, problem.validation)
             test = None if problem.sealed else self._score(model)
         model.train(was_training)
-        self.history.append(Evaluation(seconds, steps, loss, test, validation))
+        self.history.append(Evaluation(seconds, steps, loss, test, validation, score))
         if problem.sealed and validation is not None and validation < self._least:
             self._least, self._chosen = validation, copy.deepcopy(model.state_dict())
         return loss
@@ -73,6 +73,11 @@ class Evaluator:
 
     def _loss(self, model: nn.Module, split: Split) -> float:
         return float(self._problem.loss(_outputs(model, split[0]), split[1]))
+
+    def _both(self, model: nn.Module, split: Split) -> tuple[float, float]:
+        """Loss and test metric from one pass."""
+        outputs = _outputs(model, split[0])
+        return float(self._problem.loss(outputs, split[1])), self._problem.score(outputs, split[1])
 
     def _score(self, model: nn.Module) -> float | None:
         problem = self._problem

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from pullback.problems.preparation import at_least
+
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     """Makes a model maker that depends on the seed alone.
@@ -25,6 +27,24 @@ def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
             return build()
 
     return make_model
+
+
+def hidden_widths(owner: str, width: int, depth: int | None = None) -> list[int]:
+    """The hidden widths that the options ``width`` and ``depth`` describe.
+
+    Args:
+        owner: The problem, for the error message.
+        width: The first hidden width.
+        depth: Linear layers, all hidden ones `width` wide; None for three, the second hidden width half the first.
+
+    Returns:
+        One width per hidden layer.
+
+    Raises:
+        SpecError: If one of them is not positive.
+    """
+    at_least(owner, "width", width)
+    return [width, max(1, width // 2)] if depth is None else [width] * (at_least(owner, "depth", depth) - 1)
 
 
 def mlp(

@@ -26,6 +26,7 @@ _HIDDEN = {
     "maximize",
     "capturable",
     "differentiable",
+    "seed",
 }
 
 

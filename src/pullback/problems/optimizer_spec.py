@@ -70,6 +70,26 @@ def parse_optimizers(text: str) -> list[OptimizerSpec]:
         SpecError: If a name or an option does not exist, an optimizer comes twice, or there is none.
         MissingExtraError: If an optimizer is in a package that is not installed.
     """
+    specs = [OptimizerSpec(*parse_spec(part)) for part in split_optimizers(text)]
+    labels = [spec.label for spec in specs]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise SpecError(f"{label} is listed twice; keep one, or give them different options.")
+    return specs
+
+
+def split_optimizers(text: str) -> list[str]:
+    """Parts a list of optimizers, whose commas also separate the options of one.
+
+    Args:
+        text: The list, as `parse_optimizers` has it.
+
+    Returns:
+        One ``name:key=value,...`` per optimizer, unchecked.
+
+    Raises:
+        SpecError: If an option comes before any optimizer, or there is nothing between two commas.
+    """
     groups: list[list[str]] = []
     for token in text.split(","):
         if not token.strip():
@@ -80,12 +100,7 @@ def parse_optimizers(text: str) -> list[OptimizerSpec]:
             groups[-1].append(token)
         else:
             groups.append([token])
-    specs = [OptimizerSpec(*parse_spec(_join(group))) for group in groups]
-    labels = [spec.label for spec in specs]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise SpecError(f"{label} is listed twice; keep one, or give them different options.")
-    return specs
+    return [_join(group) for group in groups]
 
 
 def _join(group: Iterable[str]) -> str:

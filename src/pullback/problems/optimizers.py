@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import pullback
+from pullback.control.games import Information
+from pullback.problems.emsa import ExtendedMSA
 from pullback.problems.errors import SpecError, missing_extra, nearest
 from pullback.problems.least_squares import LeastSquares, require_scipy
 from pullback.problems.muon import MuonWithAdamW
@@ -93,6 +95,45 @@ def _our_entry(name: str, source: type[pullback.optim.PullbackOptimizer], summar
     )
 
 
+def _kronecker(
+    model: nn.Module,
+    criterion: nn.Module,
+    options: dict[str, Any],
+    make: Callable[..., Stepper] = pullback.Kronecker,
+) -> Stepper:
+    options = dict(options)
+    every, trust = options.pop("refresh"), options.pop("trust")
+    if every is not None:
+        options["refresh"] = pullback.Refresh(every=every)
+    if not trust:
+        options["trust"] = None
+    # The seed of the run, so that seeds differ in the draws as well.
+    return make(model, criterion, **options, seed=torch.initial_seed())
+
+
+_GAME = {
+    name: Option(hint, getattr(pullback.Game, name))
+    for name, hint in {
+        "structure": Information, "hold": int, "exploration": float, "cut": float, "renew": int,
+    }.items()
+}  # fmt: skip
+
+
+def _kronecker_game(model: nn.Module, criterion: nn.Module, options: dict[str, Any]) -> Stepper:
+    options = dict(options)
+    game = pullback.Game(**{name: options.pop(name) for name in _GAME}, seed=torch.initial_seed())
+    return _kronecker(model, criterion, options | {"game": game}, pullback.KroneckerGame)
+
+
+def _ocnopt(model: nn.Module, criterion: nn.Module, options: dict[str, Any]) -> Stepper:
+    options = dict(options)
+    for name in ("weight_decay", "momentum"):
+        if options.get(name) is None:
+            options.pop(name)  # a host need not have it
+    # The seed of the run, so that seeds differ in the draws as well.
+    return pullback.OCNOpt(model, criterion, **options, seed=torch.initial_seed())
+
+
 def _least_squares() -> Callable[..., Any]:
     require_scipy()
     return LeastSquares
@@ -133,9 +174,32 @@ _ENTRIES = {
             pullback.FeedbackGaussNewton,
             "ours: every module answers to what the modules before it really did",
         ),
+        OptimizerEntry(
+            "kronecker",
+            "ours: K-FAC and EKFAC from the same pulled-back metric, amortised, for mini-batches and large layers",
+            source=lambda: pullback.Kronecker,
+            build=_kronecker,
+            extra={"refresh": Option(int | None, None), "trust": Option(bool, True)},
+        ),
+        OptimizerEntry(
+            "kronecker-game",
+            "ours: kronecker whose parallel modules are players, open-loop, cooperative or in coalitions of a bandit",
+            # The game is made of the options below, all others are of Kronecker.
+            source=lambda: pullback.Kronecker,
+            build=_kronecker_game,
+            extra={"refresh": Option(int | None, None), "trust": Option(bool, True), **_GAME},
+        ),
+        OptimizerEntry(
+            "ocnopt",
+            "ours: SGD, RMSprop, Adam or kronecker, whose layers answer sample by sample to what those before them did",
+            source=lambda: pullback.OCNOpt,
+            build=_ocnopt,
+            extra={"weight_decay": Option(float | None, None), "momentum": Option(float | None, None)},
+        ),
         _peer("sgd", "torch.optim.SGD", lambda: torch.optim.SGD),
         _peer("adam", "torch.optim.Adam", lambda: torch.optim.Adam),
         _peer("adamw", "torch.optim.AdamW", lambda: torch.optim.AdamW),
+        _peer("rmsprop", "torch.optim.RMSprop", lambda: torch.optim.RMSprop),
         _peer(
             "lbfgs",
             "torch.optim.LBFGS, here with its line search; one step is up to max_iter iterations",
@@ -155,6 +219,12 @@ _ENTRIES = {
             "scipy.optimize.least_squares on all training data, for MSELoss; one step is one of its iterations",
             source=_least_squares,
             build=lambda model, criterion, options: LeastSquares(model, criterion, **options),
+        ),
+        OptimizerEntry(
+            "e-msa",
+            "extended successive approximations: each layer maximises its own augmented Hamiltonian, by L-BFGS",
+            source=lambda: ExtendedMSA,
+            build=lambda model, criterion, options: ExtendedMSA(model, **options),
         ),
         _peer("soap", "SOAP of pytorch_optimizer (an optional package)", _soap),
     )

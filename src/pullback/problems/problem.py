@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pullback.problems.budget import Budget
 from pullback.problems.errors import SpecError, nearest, one_line
+from pullback.problems.target import ValidationTarget
 
 Split: TypeAlias = tuple[Tensor, Tensor]
 Metric: TypeAlias = Callable[[Tensor, Tensor], float]
@@ -62,7 +63,8 @@ class Problem:
             times `loss_scale`, is the reported loss.
         loss_scale: Factor on the criterion: 0.5 with ``MSELoss`` is the mean of half squares.
         test: Inputs and targets that are not trained on, or None.
-        validation: Inputs and targets for choosing anything, or None; each evaluation records the loss on them.
+        validation: Inputs and targets for choosing anything, or None; each evaluation records the loss and the
+            test metric on them.
         sealed: Whether `test` is scored once alone, at the end of a run: with the weights that had the least
             loss on `validation`, or with the last ones without `validation`. Else each evaluation scores it.
         batch_size: Rows per step, drawn without replacement in an order given by the seed; None for the full
@@ -71,12 +73,15 @@ class Problem:
         test_metric: "accuracy", "rmse", or a function of outputs and targets.
         model_metric: A function of the model, in eval mode, that is reported in place of a test metric: how far
             the parameters are from the true ones, say; None for none.
+        reported: Inputs and targets on which the training loss is reported, where all of `train` would take too
+            long; None for all of `train`.
         targets: Training losses whose time of arrival is reported, in the order reported.
+        validation_targets: Levels on the validation data whose time of arrival is reported too.
         description: One line.
         budget: How long to train if nothing is said; 20 epochs with mini-batches and 200 steps without, if
             None.
-        redraw: The same problem with the data of a seed, where every seed has its own; its train, validation,
-            test and test_metric are taken. None if the data are the same for all seeds.
+        redraw: The same problem with the data of a seed, where every seed has its own; its train, reported,
+            validation, test and test_metric are taken. None if the data are the same for all seeds.
 
     Raises:
         SpecError: If the parts do not fit together.
@@ -94,13 +99,16 @@ class Problem:
     dtype: torch.dtype = torch.float32
     test_metric: str | Metric = "accuracy"
     model_metric: Callable[[nn.Module], float] | None = None
+    reported: Split | None = None
     targets: tuple[float, ...] = ()
+    validation_targets: tuple[ValidationTarget, ...] = ()
     description: str = ""
     budget: Budget | None = None
     redraw: Callable[[int], Problem] | None = None
 
     def __post_init__(self) -> None:
-        for part, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+        for part in ("train", "reported", "validation", "test"):
+            split: Split | None = getattr(self, part)
             if split is not None:
                 self._check_split(part, split)
         if self.batch_size is not None and self.batch_size < 1:
@@ -115,6 +123,10 @@ class Problem:
             raise SpecError(f"{self.name} has test data and a model_metric, which take the same column; keep one.")
         if not all(math.isfinite(level) for level in self.targets):
             raise SpecError(f"the target levels of {self.name} must be finite numbers, not {self.targets}.")
+        if self.validation_targets and self.validation is None:
+            raise SpecError(
+                f"{self.name} has targets on validation data and no such data; give it some, or drop the targets."
+            )
 
     def _check_split(self, part: str, split: Split) -> None:
         inputs, targets = split
@@ -163,6 +175,7 @@ class Problem:
         return replace(
             self,
             train=drawn.train,
+            reported=drawn.reported,
             validation=drawn.validation,
             test=drawn.test,
             test_metric=drawn.test_metric,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from pullback.problems.options import Value, format_spec
+from pullback.problems.target import Target, ValidationTarget, met, name_of
 
 Json: TypeAlias = dict[str, Any]
 
@@ -19,9 +20,10 @@ class Evaluation(NamedTuple):
     Attributes:
         seconds: Charged seconds: training steps only.
         step: Steps taken.
-        loss: The criterion on all training data, in eval mode; may be NaN or infinite.
+        loss: The criterion on the training data, in eval mode; may be NaN or infinite.
         test: The test metric, or None if the problem has no test data or keeps them sealed until the end.
         validation: The criterion on the validation data, or None if there are none.
+        validation_score: The test metric on the validation data, or None if there are none.
     """
 
     seconds: float
@@ -29,6 +31,7 @@ class Evaluation(NamedTuple):
     loss: float
     test: float | None
     validation: float | None = None
+    validation_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Run:
         cpu_seconds: Processor seconds of the same steps, all threads together.
         history: Evaluations, the first before any step; never empty unless the run was interrupted at once.
         targets: Training losses whose time of arrival is asked for.
+        validation_targets: Levels on the validation data whose time of arrival is asked for.
         failure: Why the run ended early, one line, or None.
         coverage: How the optimizer treated each parameter, if it says so.
         trials: How often the loss was computed to find the steps, if the optimizer tries steps: trial steps of
@@ -61,6 +65,7 @@ class Run:
     failure: str | None = None
     coverage: str | None = None
     trials: int | None = None
+    validation_targets: tuple[ValidationTarget, ...] = ()
 
     @property
     def label(self) -> str:
@@ -84,6 +89,11 @@ class Run:
         return _finite(self.history[-1].test) if self.history else None
 
     @property
+    def validation_score(self) -> float | None:
+        """The last test metric on the validation data, None if there is none or it is not finite."""
+        return _finite(self.history[-1].validation_score) if self.history else None
+
+    @property
     def ms_per_step(self) -> float | None:
         """Charged milliseconds per step, None before the first step."""
         return 1e3 * self.seconds / self.steps if self.steps else None
@@ -93,27 +103,32 @@ class Run:
         """Trials per step, None where nothing is tried."""
         return self.trials / self.steps if self.trials and self.steps else None
 
-    def arrival(self, level: float) -> Evaluation | None:
-        """The first evaluation at or below a training loss.
+    @property
+    def levels(self) -> tuple[Target, ...]:
+        """All levels whose time of arrival is asked for."""
+        return (*self.targets, *self.validation_targets)
+
+    def arrival(self, level: Target) -> Evaluation | None:
+        """The first evaluation that has reached a level.
 
         Args:
-            level: The training loss.
+            level: A training loss, or a level on the validation data.
 
         Returns:
             The evaluation, None if there is none.
         """
-        return next((evaluation for evaluation in self.history if evaluation.loss <= level), None)
+        return next((evaluation for evaluation in self.history if met(level, evaluation)), None)
 
     @property
-    def reached(self) -> dict[float, float | None]:
-        """For each target level the charged seconds of the first evaluation at or below it, None if never."""
-        found = {level: self.arrival(level) for level in self.targets}
+    def reached(self) -> dict[Target, float | None]:
+        """For each level the charged seconds of the first evaluation that has reached it, None if never."""
+        found = {level: self.arrival(level) for level in self.levels}
         return {level: None if evaluation is None else evaluation.seconds for level, evaluation in found.items()}
 
     @property
-    def steps_to(self) -> dict[float, int | None]:
-        """For each target level the steps of the first evaluation at or below it, None if never."""
-        found = {level: self.arrival(level) for level in self.targets}
+    def steps_to(self) -> dict[Target, int | None]:
+        """For each level the steps of the first evaluation that has reached it, None if never."""
+        found = {level: self.arrival(level) for level in self.levels}
         return {level: None if evaluation is None else evaluation.step for level, evaluation in found.items()}
 
     def to_json(self) -> Json:
@@ -124,7 +139,7 @@ class Run:
         """
         return {
             "optimizer": self.optimizer,
-            "options": {key: _plain(value) for key, value in self.options.items()},
+            "options": {key: plain(value) for key, value in self.options.items()},
             "seed": self.seed,
             "steps": self.steps,
             "seconds": self.seconds,
@@ -134,9 +149,10 @@ class Run:
             "loss": self.loss,
             "best_loss": self.best_loss,
             "test": self.test,
-            "history": [[_plain(number) for number in evaluation] for evaluation in self.history],
-            "reached": {f"{level:g}": seconds for level, seconds in self.reached.items()},
-            "steps_to": {f"{level:g}": steps for level, steps in self.steps_to.items()},
+            "validation_score": self.validation_score,
+            "history": [[plain(number) for number in evaluation] for evaluation in self.history],
+            "reached": {name_of(level): seconds for level, seconds in self.reached.items()},
+            "steps_to": {name_of(level): steps for level, steps in self.steps_to.items()},
             "failure": self.failure,
         }
 
@@ -191,7 +207,15 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _plain(value: Value) -> Any:
+def plain(value: Value) -> Any:
+    """Converts a value to what ``json.dumps(..., allow_nan=False)`` accepts.
+
+    Args:
+        value: The value of an option, or a number of a history.
+
+    Returns:
+        The value; None for what is not finite, a list for a tuple.
+    """
     if isinstance(value, float):
         return _finite(value)
     return list(value) if isinstance(value, tuple) else value

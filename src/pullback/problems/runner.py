@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +24,7 @@ from pullback.problems.optimizers import optimizer_entry
 from pullback.problems.problem import Problem, Split
 from pullback.problems.record import INTERRUPTED, InterruptedRun, Run
 from pullback.problems.schedule import Schedule
+from pullback.problems.target import Target, ValidationTarget, met
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def run(
     *,
     seed: int = 0,
     budget: Budget | None = None,
-    until: float | None = None,
+    until: Target | Iterable[Target] | None = None,
     threads: int = 1,
     progress: Observer | None = None,
 ) -> Run:
@@ -72,7 +73,8 @@ def run(
         optimizer: ``name:key=value,...`` or its parsed form.
         seed: Drives the initial model, the order of the batches and anything random within a step.
         budget: When to stop; the problem's default if None.
-        until: Also stop once the training loss is at or below this.
+        until: Also stop once this level is reached, a training loss or one on the validation data; of several, once
+            each of them has been.
         threads: Threads that torch may use.
         progress: Called after each step.
 
@@ -87,7 +89,7 @@ def run(
     """
     spec = parse_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
     with measuring(threads):
-        return _Trial(problem, spec, seed, budget or problem.default_budget, until, progress).run()
+        return _Trial(problem, spec, seed, budget or problem.default_budget, _levels(until), progress).run()
 
 
 class _Finished(Exception):  # noqa: N818 (no error)
@@ -103,11 +105,13 @@ class _Trial:
         spec: OptimizerSpec,
         seed: int,
         budget: Budget,
-        until: float | None,
+        until: set[Target],
         progress: Observer | None,
     ) -> None:
         self.problem = problem.for_seed(seed)
-        self.spec, self.seed, self.budget, self.until, self.progress = spec, seed, budget, until, progress
+        self.spec, self.seed, self.budget, self.progress = spec, seed, budget, progress
+        # The levels not reached yet; a run without any ends with its budget.
+        self.bounded, self.missing = bool(until), until
         self.entry = optimizer_entry(spec.name)
         self.clock = Clock()
         self.steps_per_epoch = problem.steps_per_epoch
@@ -208,12 +212,13 @@ class _Trial:
         self.steps += 1
         seconds = self.clock.seconds
         fraction = self.budget.fraction(seconds, self.steps, self.steps_per_epoch)
-        near = self.until is not None and loss <= self.until
+        near = any(not isinstance(level, ValidationTarget) and loss <= level for level in self.missing)
         if self.schedule.due(seconds, self.steps) or fraction >= 1 or near or not math.isfinite(loss):
             self.last = self.evaluator.evaluate(model, seconds, self.steps)
             if not math.isfinite(self.last):
                 return f"the training loss is {self.last}"
-        self.finished = fraction >= 1 or (self.until is not None and self.last <= self.until)
+            self.missing = {level for level in self.missing if not met(level, self.evaluator.history[-1])}
+        self.finished = fraction >= 1 or (self.bounded and not self.missing)
         if self.progress is not None:
             used = 1.0 if self.finished else fraction
             self.progress(Progress(self.spec.label, self.seed, self.steps, seconds, used, self.last))
@@ -248,9 +253,16 @@ class _Trial:
             trials=self.trials or None,
             history=tuple(self.evaluator.history),
             targets=self.problem.targets,
+            validation_targets=self.problem.validation_targets,
             failure=failure,
             coverage=self.coverage,
         )
+
+
+def _levels(until: Target | Iterable[Target] | None) -> set[Target]:
+    if until is None:
+        return set()
+    return {until} if isinstance(until, int | float | ValidationTarget) else set(until)
 
 
 def _stop(loss: float) -> None:

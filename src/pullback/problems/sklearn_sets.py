@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pullback.problems.errors import missing_extra
-from pullback.problems.models import mlp, seeded
-from pullback.problems.preparation import DTYPES, at_least, dtype_of, standardise
+from pullback.problems.models import hidden_widths, mlp, seeded
+from pullback.problems.preparation import DTYPES, dtype_of, standardise
 from pullback.problems.problem import Problem, Split, accuracy
 from pullback.problems.registry import register
 
 
 @register("digits")
-def digits(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float32") -> Problem:
+def digits(
+    *, depth: int | None = None, width: int = 64, batch_size: int | None = 128, dtype: str = "float32"
+) -> Problem:
     """Handwritten digits of 8 x 8 pixels, 10 classes: tanh MLP 64-64-32-10, cross-entropy, mini-batches.
 
     Args:
-        width: First hidden width; the second is half of it.
+        depth: Linear layers, all hidden ones `width` wide; none for three, the second hidden one half as wide.
+        width: First hidden width.
         batch_size: Rows per step, or None for all.
         dtype: "float32" or "float64".
 
@@ -33,7 +36,7 @@ def digits(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float
         MissingExtraError: If scikit-learn is not installed.
     """
     train, test = _load("digits", dtype_of("digits", dtype))
-    widths = [64, at_least("digits", "width", width), max(1, width // 2), 10]
+    widths = [64, *hidden_widths("digits", width, depth), 10]
     return Problem(
         name="digits",
         make_model=seeded(lambda: mlp(widths, nn.Tanh, DTYPES[dtype])),
@@ -48,11 +51,14 @@ def digits(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float
 
 
 @register("digits-regression")
-def digits_regression(*, width: int = 64, batch_size: int | None = 128, dtype: str = "float32") -> Problem:
+def digits_regression(
+    *, depth: int | None = None, width: int = 64, batch_size: int | None = 128, dtype: str = "float32"
+) -> Problem:
     """Handwritten digits as regression to one-hot targets: tanh MLP 64-64-32-10, squared error, mini-batches.
 
     Args:
-        width: First hidden width; the second is half of it.
+        depth: Linear layers, all hidden ones `width` wide; none for three, the second hidden one half as wide.
+        width: First hidden width.
         batch_size: Rows per step, or None for all.
         dtype: "float32" or "float64".
 
@@ -64,7 +70,7 @@ def digits_regression(*, width: int = 64, batch_size: int | None = 128, dtype: s
         SpecError: If the dtype or a size makes no sense.
         MissingExtraError: If scikit-learn is not installed.
     """
-    classes = digits(width=width, batch_size=batch_size, dtype=dtype)
+    classes = digits(depth=depth, width=width, batch_size=batch_size, dtype=dtype)
     assert classes.test is not None
     return replace(
         classes,
@@ -86,11 +92,12 @@ _one_hot_accuracy.__name__ = "accuracy"
 
 
 @register("wine")
-def wine(*, width: int = 16, batch_size: int | None = None, dtype: str = "float32") -> Problem:
+def wine(*, depth: int = 3, width: int = 16, batch_size: int | None = None, dtype: str = "float32") -> Problem:
     """Chemistry of wines from 3 growers: tanh MLP 13-16-16-3, cross-entropy, full batch.
 
     Args:
-        width: Both hidden widths.
+        depth: Linear layers; 1 is a linear model.
+        width: Hidden width.
         batch_size: Rows per step, or None for all.
         dtype: "float32" or "float64".
 
@@ -101,15 +108,16 @@ def wine(*, width: int = 16, batch_size: int | None = None, dtype: str = "float3
         SpecError: If the dtype or a size makes no sense.
         MissingExtraError: If scikit-learn is not installed.
     """
-    return _standardised_classes("wine", "wine", width, batch_size, dtype)
+    return _standardised_classes("wine", "wine", depth, width, batch_size, dtype)
 
 
 @register("breast-cancer")
-def breast_cancer(*, width: int = 16, batch_size: int | None = None, dtype: str = "float32") -> Problem:
+def breast_cancer(*, depth: int = 3, width: int = 16, batch_size: int | None = None, dtype: str = "float32") -> Problem:
     """Cell nuclei, benign or malignant (Wisconsin): tanh MLP 30-16-16-2, cross-entropy, full batch.
 
     Args:
-        width: Both hidden widths.
+        depth: Linear layers; 1 is a linear model.
+        width: Hidden width.
         batch_size: Rows per step, or None for all.
         dtype: "float32" or "float64".
 
@@ -120,15 +128,16 @@ def breast_cancer(*, width: int = 16, batch_size: int | None = None, dtype: str 
         SpecError: If the dtype or a size makes no sense.
         MissingExtraError: If scikit-learn is not installed.
     """
-    return _standardised_classes("breast-cancer", "breast_cancer", width, batch_size, dtype)
+    return _standardised_classes("breast-cancer", "breast_cancer", depth, width, batch_size, dtype)
 
 
 @register("diabetes")
-def diabetes(*, width: int = 16, batch_size: int | None = None, dtype: str = "float64") -> Problem:
+def diabetes(*, depth: int = 3, width: int = 16, batch_size: int | None = None, dtype: str = "float64") -> Problem:
     """Progress of diabetes after a year, regression: tanh MLP 10-16-16-1, squared error, full batch, float64.
 
     Args:
-        width: Both hidden widths.
+        depth: Linear layers; 1 is a linear model.
+        width: Hidden width.
         batch_size: Rows per step, or None for all.
         dtype: "float32" or "float64".
 
@@ -141,7 +150,7 @@ def diabetes(*, width: int = 16, batch_size: int | None = None, dtype: str = "fl
         MissingExtraError: If scikit-learn is not installed.
     """
     train, test = _load("diabetes", dtype_of("diabetes", dtype))
-    widths = [10, at_least("diabetes", "width", width), width, 1]
+    widths = [10, *hidden_widths("diabetes", width, depth), 1]
     inputs, outputs = standardise(train[0], test[0]), standardise(train[1], test[1])
     return Problem(
         name="diabetes",
@@ -157,10 +166,12 @@ def diabetes(*, width: int = 16, batch_size: int | None = None, dtype: str = "fl
     )
 
 
-def _standardised_classes(name: str, loader: str, width: int, batch_size: int | None, dtype: str) -> Problem:
+def _standardised_classes(
+    name: str, loader: str, depth: int, width: int, batch_size: int | None, dtype: str
+) -> Problem:
     train, test = _load(loader, dtype_of(name, dtype))
     inputs = standardise(train[0], test[0])
-    widths = [inputs[0].shape[1], at_least(name, "width", width), width, int(train[1].max()) + 1]
+    widths = [inputs[0].shape[1], *hidden_widths(name, width, depth), int(train[1].max()) + 1]
     return Problem(
         name=name,
         make_model=seeded(lambda: mlp(widths, nn.Tanh, DTYPES[dtype])),

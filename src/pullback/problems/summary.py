@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pullback.problems.record import Json, Run
+from pullback.problems.target import Target, name_of
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class Arrival:
     worst_steps: float | None
 
     @classmethod
-    def of(cls, runs: Sequence[Run], level: float) -> Arrival:
+    def of(cls, runs: Sequence[Run], level: Target) -> Arrival:
         """Summarises arrivals.
 
         Args:
             runs: The runs of one optimizer, failed ones too; at least one.
-            level: The target level.
+            level: A training loss, or a level on the validation data.
 
         Returns:
             The summary.
@@ -98,6 +99,7 @@ class Summary:
         failed: How many of them failed or were interrupted.
         loss: Final training loss.
         test: Final test metric.
+        validation_score: Final test metric on the validation data.
         steps: Steps taken.
         trials: Trials per step, None for optimizers that try nothing.
         ms_per_step: Charged milliseconds per step.
@@ -110,11 +112,12 @@ class Summary:
     failed: int
     loss: Quartiles | None
     test: Quartiles | None
+    validation_score: Quartiles | None
     steps: Quartiles | None
     trials: Quartiles | None
     ms_per_step: Quartiles | None
     seconds: Quartiles | None
-    reached: dict[float, Arrival]
+    reached: dict[Target, Arrival]
 
     def to_json(self) -> Json:
         """Converts to what ``json.dumps(..., allow_nan=False)`` accepts.
@@ -122,8 +125,9 @@ class Summary:
         Returns:
             A dictionary; for each quantity its median, quartiles, count and worst, or None.
         """
-        values = asdict(self)
-        return values | {"reached": {f"{level:g}": asdict(arrival) for level, arrival in self.reached.items()}}
+        # Apart from `reached`: asdict would turn its keys to dictionaries too.
+        values = asdict(replace(self, reached={}))
+        return values | {"reached": {name_of(level): asdict(arrival) for level, arrival in self.reached.items()}}
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:
@@ -141,13 +145,14 @@ def summarise(runs: Sequence[Run]) -> list[Summary]:
 
 def _summary(label: str, runs: Sequence[Run]) -> Summary:
     whole = [run for run in runs if run.failure is None]
-    levels = dict.fromkeys(level for run in runs for level in run.targets)
+    levels = dict.fromkeys(level for run in runs for level in run.levels)
     return Summary(
         label=label,
         runs=len(runs),
         failed=len(runs) - len(whole),
         loss=Quartiles.of(run.loss for run in whole),
         test=Quartiles.of(run.test for run in whole),
+        validation_score=Quartiles.of(run.validation_score for run in whole),
         steps=Quartiles.of(run.steps for run in whole),
         trials=Quartiles.of(run.trials_per_step for run in whole),
         ms_per_step=Quartiles.of(run.ms_per_step for run in whole),

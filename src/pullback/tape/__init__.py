@@ -4,7 +4,7 @@ from pullback.tape.call import Entry, Region, region_of, without_autocast
 from pullback.tape.nest import tensors
 from pullback.tape.passage import Passage
 from pullback.tape.recorder import Wiring
-from pullback.tape.replay import ClosureReplay, as_loss, in_time, inputs_finite, replay, replayable, rerun, root_of
+from pullback.tape.replay import ClosureReplay, as_loss, in_time, inputs_finite, replay, replayable, rerun
 from pullback.tape.rules import DenseRows, OuterRows, Rows
 from pullback.tape.tape import Tape
 from pullback.tape.term import LossUse, Term
@@ -28,7 +28,6 @@ __all__ = [
     "replay",
     "replayable",
     "rerun",
-    "root_of",
     "tensors",
     "without_autocast",
 ]

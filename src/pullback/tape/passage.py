@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,11 +10,28 @@ from torch import Tensor, nn
 
 from pullback.errors import StepError
 from pullback.tape.call import Entry, wide, without_autocast
+from pullback.tape.ports import Ports, by_sample
 from pullback.tape.term import Term
-from pullback.tape.wires import Ports, by_sample
 
 #: which call of the model, which module, which of its turns
 _Key = tuple[int, int, int]
+
+
+class _Stop:
+    """What is wanted of one call of a module.
+
+    Attributes:
+        given: tensors to be seen among those it is given, as (term, number, index).
+        returned: likewise among those it returns.
+        cut: number of the cut in front of it.
+    """
+
+    __slots__ = ("cut", "given", "returned")
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, int, int]] = []
+        self.returned: list[tuple[int, int, int]] = []
+        self.cut: int | None = None
 
 
 class Passage:
@@ -40,24 +58,22 @@ class Passage:
         self._roots = roots
         self._runs = -1
         self._root: int | None = None
-        self._open: list[_Key] = []
+        self._open: list[tuple[int, _Stop | None]] = []
         self._device = terms[0].e0.device.type
         self._turns: dict[int, int] = {}
         self._heard: set[int] = {id(entry.module) for entry in moments if entry is not None}
         self.deviations: list[dict[int, Tensor]] = [{} for _ in self.ports]
         self.reached = [moment is None for moment in moments]
-        self._watched: dict[tuple[str, _Key], list[tuple[int, int, int, int]]] = {}
-        self._cuts: dict[_Key, int] = {
-            (entry.root, id(entry.module), entry.turn): k for k, entry in enumerate(moments) if entry is not None
-        }
+        self._stops: defaultdict[_Key, _Stop] = defaultdict(_Stop)
+        for k, entry in enumerate(moments):
+            if entry is not None:
+                self._stops[entry.root, id(entry.module), entry.turn].cut = k
         for t, ports in enumerate(self.ports):
             for v, (call, place) in ports.sources.items():
-                side = "out" if place.side == "out" else "in"
                 entry = call.entry
                 serial, turn = (call.serial, 0) if entry is None else (entry.root, entry.turn)  # type: ignore[attr-defined]
-                axis = ports.wires.axes[v]
-                assert axis is not None
-                self._watched.setdefault((side, (serial, id(call.module), turn)), []).append((t, v, place.index, axis))
+                stop = self._stops[serial, id(call.module), turn]
+                (stop.returned if place.side == "out" else stop.given).append((t, v, place.index))
                 self._heard.add(id(call.module))
 
     # -- told by the recorder ----------------------------------------------------------------------------
@@ -79,14 +95,19 @@ class Passage:
             return
         turn = self._turns.get(id(module), 0)
         self._turns[id(module)] = turn + 1
-        key = (self._root, id(module), turn)
-        self._open.append(key)
-        self._note("in", key, given)
-        cut = self._cuts.get(key)
+        stop = self._stops.get((self._root, id(module), turn))
+        self._open.append((id(module), stop))
+        if stop is None:
+            return
+        self._note(stop.given, given)
+        cut = stop.cut
         if cut is not None:
             self.reached[cut] = True
             if not all(self.reached[:cut]):
                 self.check()
+            if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device):
+                self._arrived(cut)
+                return
             # Not in the user's modes: a residual may be differentiated inside the model, a forward pass autocast.
             with torch.no_grad(), without_autocast(self._device):
                 self._arrived(cut)
@@ -96,25 +117,29 @@ class Passage:
         if self._root is None or id(module) not in self._heard:
             return
         # The call entered last, if its entry was heard; others in between were left by an exception.
-        key = (self._root, id(module), 0)
         for k in range(len(self._open) - 1, -1, -1):
-            if self._open[k][1] == id(module):
-                key = self._open[k]
+            if self._open[k][0] == id(module):
+                stop = self._open[k][1]
                 del self._open[k:]
                 break
-        self._note("out", key, returned)
+        else:
+            stop = self._stops.get((self._root, id(module), 0))
+        if stop is not None:
+            self._note(stop.returned, returned)
 
-    def _note(self, side: str, key: _Key, values: list[Tensor]) -> None:
-        for t, v, index, axis in self._watched.get((side, key), ()):
+    def _note(self, wanted: Sequence[tuple[int, int, int]], values: list[Tensor]) -> None:
+        for t, v, index in wanted:
             ports = self.ports[t]
-            found = tuple(values[index].shape) if index < len(values) else ()
-            if found != ports.shapes[v]:
+            value = values[index] if index < len(values) else None
+            found = () if value is None else value.shape
+            if value is None or found != ports.shapes[v]:
                 raise StepError(
-                    f"Run again, the model made a tensor of shape {found} where it was {ports.shapes[v]}; model and "
-                    "closure must do the same each time they are called."
+                    f"Run again, the model made a tensor of shape {tuple(found)} where it was {ports.shapes[v]}; model "
+                    "and closure must do the same each time they are called."
                 )
-            new = by_sample(wide(values[index].detach()), ports.N, axis)
-            self.deviations[t][v] = new - ports.values[v]
+            axis = ports.wires.axes[v]
+            assert axis is not None
+            self.deviations[t][v] = by_sample(wide(value.detach()), ports.N, axis) - ports.values[v]
 
     # -- asked by the sweep ------------------------------------------------------------------------------
 

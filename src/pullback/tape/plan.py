@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pullback.errors import CoverageError
 from pullback.tape.call import Call, CallFactor
 from pullback.tape.memory import Sizes
-from pullback.tape.rules import Rows, find_rule, generic_rows
+from pullback.tape.rules import Kind, Rows, find_rule, generic_rows
 from pullback.tape.sweep import Strategy
 
 if TYPE_CHECKING:
@@ -45,15 +45,20 @@ class Unit:
     @property
     def dense(self) -> bool:
         """Whether its rows are formed one by one."""
-        rule = find_rule(self.module)
-        return rule is None or rule.dense or any("." in name for name in self.wanted)
+        rule = self._rule()
+        return rule is None or rule.dense
 
     def rows(self, calls: Sequence[CallFactor], N: int) -> Rows:
         """Rows of the wanted parameters from the module's calls in one term."""
-        rule = find_rule(self.module)
-        if rule is None or any("." in name for name in self.wanted):
+        rule = self._rule()
+        if rule is None:
             return generic_rows(self.module, calls, self.wanted, N)
         return rule.rule(self.module, calls, frozenset(self.wanted), N)
+
+    def _rule(self) -> Kind | None:
+        """The special rule, if it gives rows to all that is wanted."""
+        rule = find_rule(self.module)
+        return rule if rule is not None and rule.gives(self.wanted) else None
 
 
 @dataclass

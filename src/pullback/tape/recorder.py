@@ -39,7 +39,7 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         """Call the method of the owner, if it is still there."""
-        if "torch._dynamo" in sys.modules:
+        if torch.compiler.is_compiling():
             # A hook looks at autograd's graph: torch.compile is to break its own here, not to trace it.
             if not _untraced:
                 _untraced.append(sys.modules["torch._dynamo"].disable(lambda function, *a: function(*a)))
@@ -256,7 +256,7 @@ class Recorder:
             scale = (x.var(axes, correction=0, keepdim=True) + module.eps).rsqrt()
             if module.weight is not None:
                 scale = scale * module.weight.detach().view(scale.shape)
-            return (grads_out[0] * scale, *grads_in[1:])
+            return ((grads_out[0] * scale).to(grads_in[0].dtype), *grads_in[1:])  # autocast may have widened it
 
         output.grad_fn.register_hook(constant)
 

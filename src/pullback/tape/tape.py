@@ -26,10 +26,11 @@ from pullback.tape.graph import Reached, path_to, reach
 from pullback.tape.memory import Room, Sizes, memory_budget
 from pullback.tape.nest import mapped, tensors
 from pullback.tape.plan import Names, Plan, Unit, assign, formed, usable_calls
+from pullback.tape.ports import ports_of
 from pullback.tape.recorder import Hook, Recorder, Wiring
 from pullback.tape.structure import samples, structure
 from pullback.tape.term import LossUse, Term, gather
-from pullback.tape.wires import ports_of, wires_of
+from pullback.tape.wires import Wires, wires_of
 
 
 class Tape:
@@ -207,7 +208,7 @@ class Tape:
         if use.upstream is not None:
             weight = weight * use.upstream.to(weight.dtype)
         self._room().allow_factor(z, metric.columns(z, N), N)
-        S = metric.factor(z, weight, N, use.target)
+        S = metric.factor_at(z, weight, costate, N, use.target)
         e0 = metric.coordinates(z, weight, costate, N, use.target)
         mine = self._mine() if self._mine is not None else found.params.keys()
         found.params = {
@@ -265,10 +266,11 @@ class Tape:
         budget = memory_budget() if self.memory is None else self.memory
         return Room(budget, sum(term.held for term in self.terms))
 
-    def _sized(self, units: list[Unit], use: LossUse, found: Reached, S: Tensor, N: int) -> Plan:
+    def _sized(
+        self, units: list[Unit], use: LossUse, found: Reached, S: Tensor, N: int, wires: Wires | None = None
+    ) -> Plan:
         """A plan, if what it holds fits."""
         modules = {id(unit.module) for unit in units}
-        wires = None if self.recorder.wiring == "none" else wires_of(use, found, N, modules)
         between = [] if wires is None else wires.edges(found)
         edges = [*found.only(modules).edges, *between]
         plan = Plan(units, Sizes.of(use.edge, edges, formed(units), N), wires=wires)
@@ -302,8 +304,9 @@ class Tape:
                 f"The rows of '{name}' do not reproduce its gradient (relative error {error:.1e}): it is used "
                 "in a way that mixes samples or that the forward hides; freeze it or change that use."
             )
-        plan = self._sized(units, use, found, S, N)
         wiring = self.recorder.wiring
+        wires = None if wiring == "none" else wires_of(use, found, N, {id(unit.module) for unit in units})
+        plan = self._sized(units, use, found, S, N, wires)
         found = found.only(plan.modules)
         if self.strategy == "auto":
             room = self._room()

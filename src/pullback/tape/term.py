@@ -16,7 +16,7 @@ from pullback.tape.graph import Path, Reached
 from pullback.tape.plan import Plan
 
 if TYPE_CHECKING:
-    from pullback.tape.wires import Ports
+    from pullback.tape.ports import Ports
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from pullback.tape.call import Call, CallFactor
+from pullback.tape.rules.attention import PROJECTION, attended, attention_axis, attention_rows, undropped
 from pullback.tape.rules.bag import bag_rows, bags
 from pullback.tape.rules.base import DenseRows, Rows
 from pullback.tape.rules.conv import conv_rows
@@ -46,6 +47,7 @@ class Kind:
         batch: number of samples a call was given, None without a batch.
         axis: axis of the samples in an output, from its index.
         dense: whether it forms its rows one by one.
+        inner: names of parameters of its children, never called as modules, that the rule gives rows too.
     """
 
     layer: type[nn.Module]
@@ -55,6 +57,11 @@ class Kind:
     batch: Callable[[Call], int | None] = Call.batch
     axis: Callable[[nn.Module, int], int] = _first
     dense: bool = False
+    inner: frozenset[str] = frozenset()
+
+    def gives(self, wanted: Iterable[str]) -> bool:
+        """Whether the rule gives rows to all these parameters, named relative to the module."""
+        return all("." not in name or name in self.inner for name in wanted)
 
 
 def _plain_table(module: Any) -> bool:
@@ -62,7 +69,7 @@ def _plain_table(module: Any) -> bool:
 
 
 #: Names of parameters in torch's layers; weight_orig, weight_g and the like hold computed weights.
-_DECLARED = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
+_DECLARED = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?|(in|q|k|v)_proj_weight|in_proj_bias|bias_[kv]")
 
 RULES: list[Kind] = [
     Kind(nn.Linear, linear_rows, folds=True),
@@ -86,6 +93,7 @@ RULES: list[Kind] = [
     Kind(nn.RNNCell, recurrent_rows, batch=sequences),
     Kind(nn.GRUCell, recurrent_rows, batch=sequences),
     Kind(nn.LSTMCell, recurrent_rows, batch=sequences),
+    Kind(nn.MultiheadAttention, attention_rows, undropped, False, attended, attention_axis, inner=PROJECTION),
 ]
 
 
@@ -116,7 +124,7 @@ def _holds_its_own(module: nn.Module) -> bool:
 @functools.lru_cache(maxsize=256)
 def _declared(names: tuple[str, ...]) -> bool:
     """Whether parameters of these names are what a layer of torch declares, a weight among them."""
-    return all(_DECLARED.fullmatch(name) for name in names) and any(name.startswith("weight") for name in names)
+    return all(_DECLARED.fullmatch(name) for name in names) and any("weight" in name for name in names)
 
 
 __all__ = ["DenseRows", "Kind", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows", "sample_axis"]

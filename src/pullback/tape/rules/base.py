@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pullback.tape.rules.sides import Sides
 from pullback.tape.rules.square import square
 
 #: Numbers that a temporary of a rule may hold; larger ones are worked through in chunks.
@@ -40,6 +41,23 @@ class Rows(ABC):
         self.N = N
         self.R = r * N
         self.n = sum(p.numel() for p in self.params)
+
+    def sides(self, keep: slice | None = None) -> Sides | None:
+        """The two sides of the rows of its weight (and bias), if they are sums of outer products.
+
+        Args:
+            keep: which samples to read, where those of several modules are compared; None for :meth:`kept`.
+        """
+        del keep
+        return None
+
+    def kept(self) -> slice:
+        """Which samples the moments of its sides need."""
+        return slice(None)
+
+    def parts(self) -> Sequence[Rows]:
+        """Rows of independent sets of parameters, if they can be told apart; else the rows themselves."""
+        return [self]
 
     @abstractmethod
     def gram(self) -> Tensor:

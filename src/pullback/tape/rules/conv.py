@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pullback.tape.call import CallFactor
-from pullback.tape.rules.base import CHUNK_NUMBERS, Rows
+from pullback.tape.rules.base import CHUNK_NUMBERS, DenseRows, Rows
 from pullback.tape.rules.geometry import Conv, Geometry
 from pullback.tape.rules.outer import ELEMENT, held, joined, pairwise
+from pullback.tape.rules.sides import Sides, kept
 from pullback.tape.rules.square import square
 
 
@@ -208,6 +209,32 @@ class ConvRows(Rows):
             K = part if K is None else K.add_(part)
         assert K is not None
         return K
+
+    def kept(self) -> slice:
+        """See the base class."""
+        return kept(self.N, self.P, max(self.left, self.right))
+
+    def sides(self, keep: slice | None = None) -> Sides | None:
+        """See the base class."""
+        if self.weight is None or (self.geometry.transposed and self.bias is not None):
+            return None  # the bias of a transposed convolution is not on the side of its factor's windows
+        keep = keep or self.kept()
+        some = ConvRows(
+            self.geometry, self.shape, self.weight, self.bias, [x[keep] for x in self.x], [s[:, keep] for s in self.s]
+        )
+        s, x = some._sides()
+        factor, given = s.permute(3, 0, 1, 2, 4), x.permute(2, 0, 1, 3)
+        if some.N < self.N:
+            factor = factor * (self.N / some.N) ** 0.5
+        left = not self.geometry.transposed
+        return Sides(self.weight, self.bias, given, factor, left, given.shape[3])
+
+    def parts(self) -> Sequence[Rows]:
+        """Weight and bias of a transposed convolution apart. See the base class."""
+        if not self.geometry.transposed or self.weight is None or self.bias is None:
+            return [self]
+        weight = ConvRows(self.geometry, self.shape, self.weight, None, self.x, self.s)
+        return [weight, DenseRows([self.bias], self._bias_rows(), self.rule)]
 
     # -- costs -----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pullback.tape.call import CallFactor
 from pullback.tape.rules.outer import OuterRows, held, joined
+from pullback.tape.rules.sides import Sides
 
 
 class EmbeddingRows(OuterRows):
@@ -20,6 +21,12 @@ class EmbeddingRows(OuterRows):
     def __init__(self, weight: nn.Parameter, index: Tensor, s: Tensor) -> None:
         super().__init__(weight, None, s)
         self.index = index
+
+    def sides(self, keep: slice | None = None) -> Sides:
+        """All samples: numbers of rows cost little. See the base class."""
+        del keep
+        assert self.weight is not None
+        return Sides(self.weight, None, self.index[None], self.s[None], False, self.width)
 
     @property
     def width(self) -> int:

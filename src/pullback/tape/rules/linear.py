@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from pullback.tape.call import CallFactor
 from pullback.tape.rules.outer import OuterRows, held, joined, positions
+from pullback.tape.rules.sides import Sides, kept
 from pullback.tape.rules.square import square
+
+#: Multiply-adds from which strips are worth their calls.
+_STRIPS = 1 << 22
 
 
 class LinearRows(OuterRows):
@@ -22,6 +26,21 @@ class LinearRows(OuterRows):
         self.x = x
         #: factor and input without the axis of positions, (R, o) and (N, i), where there is one position
         self.flat = (s.reshape(-1, s.shape[3]), x.reshape(-1, x.shape[2])) if self.P == 1 else None
+
+    def kept(self) -> slice:
+        """See the base class."""
+        return kept(self.N, self.P, max(self.width, self.s.shape[3]))
+
+    def sides(self, keep: slice | None = None) -> Sides | None:
+        """See the base class."""
+        if self.weight is None:
+            return None
+        keep = keep or self.kept()
+        x = self.x[keep]
+        s = self.s[:, keep]
+        if x.shape[0] < self.N:
+            s = s * (self.N / x.shape[0]) ** 0.5
+        return Sides(self.weight, self.bias, x[None], s[None], True, self.width)
 
     @property
     def width(self) -> int:
@@ -38,21 +57,37 @@ class LinearRows(OuterRows):
         return (left @ right.T).view(self.N, self.P, other.N, other.P)
 
     def gram_into(self, out: Tensor, half: bool = False) -> Tensor:
-        """One column at one position and half a Gram: block by block, while it is in the cache. See the base class."""
+        """One column at one position and half a Gram: strip by strip, while it is in the cache. See the base class."""
         n, i, o = self.N, self.width, self.s.shape[3]
-        if not half or self.flat is None or self.r > 1 or self.weight is None or n * n * (i + o) < 1 << 22:
+        if not half or not self.stripped or n * n * (i + o) < _STRIPS:
             return super().gram_into(out, half)
+        return self.gram_onto(None, out)
+
+    @property
+    def stripped(self) -> bool:
+        """Whether :meth:`gram_onto` can be had: one column at one position."""
+        return self.flat is not None and self.r == 1 and self.weight is not None
+
+    def gram_onto(self, tail: Tensor | None, out: Tensor, scratch: Tensor | None = None) -> Tensor:
+        r"""What is given and the Gram, :math:`T + (S S^\top) \circ (X X^\top + 1)`, on and above the diagonal.
+
+        Args:
+            tail: T, shape (R, R); None for zero.
+            out: memory for the result, shape (R, R), none of the others.
+            scratch: memory for :math:`X X^\top`, shape (R, R); fresh without.
+        """
+        assert self.flat is not None
         s, x = self.flat
+        n = self.N
+        if self.bias is not None:
+            x = torch.cat([x, x.new_ones(n, 1)], 1)
+        if n * n * (s.shape[1] + x.shape[1]) < _STRIPS:
+            return _onto(tail, s, s, x, x, out, scratch)
         step = -(-n // 4)
         for k in range(0, n, step):
-            block = out[: k + step, k : k + step]
-            torch.mm(s[: k + step], s[k : k + step].T, out=block)
-            inner = x[: k + step] @ x[k : k + step].T
-            # (S S^T) o (X X^T + 1)
-            if self.bias is None:
-                block.mul_(inner)
-            else:
-                torch.addcmul(block, block, inner, out=block)
+            strip = slice(k, k + step)
+            above = None if tail is None else tail[strip, k:]
+            _onto(above, s[strip], s[k:], x[strip], x[k:], out[strip, k:], scratch)
         return out
 
     def input_rows(self, start: int, stop: int | None) -> Tensor:
@@ -99,6 +134,19 @@ class LinearRows(OuterRows):
     def to(self, dtype: torch.dtype) -> LinearRows:
         """See the base class."""
         return LinearRows(self.weight, self.bias, self.x.to(dtype), self.s.to(dtype))
+
+
+def _onto(
+    tail: Tensor | None, s: Tensor, t: Tensor, x: Tensor, y: Tensor, out: Tensor, scratch: Tensor | None
+) -> Tensor:
+    r"""One strip, :math:`T + (S T^\top) \circ (X Y^\top)`: with T in one pass over the elements instead of two."""
+    if scratch is None:
+        inner = x.new_empty(out.shape)
+    else:
+        inner = scratch if scratch.shape == out.shape else scratch.view(-1)[: out.numel()].view(out.shape)
+    torch.mm(s, t.T, out=out)
+    torch.mm(x, y.T, out=inner)
+    return out.mul_(inner) if tail is None else torch.addcmul(tail, out, inner, out=out)
 
 
 def linear_rows(module: nn.Linear, calls: Sequence[CallFactor], wanted: frozenset[str], N: int) -> LinearRows:

@@ -1,7 +1,4 @@
-"""Pictures of comparisons, drawn to be shown: training loss over seconds and over steps.
-
-Needs the extra ``plotting``; matplotlib is imported when something is drawn.
-"""
+"""The training loss over seconds and over steps."""
 
 from __future__ import annotations
 
@@ -11,45 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pullback.problems.errors import missing_extra
+from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib
 from pullback.problems.record import INTERRUPTED, Comparison, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, told apart by colour-blind eyes and on a projector.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
 _DASHES = ("-", "--", "-.", ":")
-_STYLE: Any = {
-    "font.size": 14,
-    "axes.titlesize": 16,
-    "axes.labelsize": 15,
-    "legend.fontsize": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-}
 _Curve: TypeAlias = tuple[list[float], list[float]]
 _POINTS = 400
-# Seconds get a logarithmic axis if the optimizers' run times differ by more than this.
-_RATIO = 8.0
 # Losses are clipped at this multiple of the initial one: a diverging run would flatten all the others.
 _CEILING = 10.0
 # Least distance of two names at the edge, as a part of the height of the axes.
 _APART = 0.05
-
-
-def require_matplotlib() -> None:
-    """Checks that drawing will be possible, for callers that compute for long before they draw.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("drawing", "matplotlib", "plotting") from error
 
 
 def plot_loss(result: Comparison) -> Figure:
@@ -75,14 +47,14 @@ def plot_loss(result: Comparison) -> Figure:
     labels = dict.fromkeys(run.label for run in result.runs)
     groups = {label: [run for run in result.runs if run.label == label] for label in labels}
     # Figure rather than pyplot: no global state, no window, nothing to close.
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5.6), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, over in zip(axes, ("seconds", "steps"), strict=True):
             panel = _Panel.of(ax, result.runs, over)
             for number, (label, group) in enumerate(groups.items()):
-                dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
-                panel.draw(label, group, {"color": _COLOURS[number % len(_COLOURS)], "linestyle": dashes})
+                dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
+                panel.draw(label, group, {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes})
             panel.dress(dict.fromkeys(level for run in result.runs for level in run.targets))
         axes[0].set_ylabel("training loss")
         seeds = len({run.seed for run in result.runs})
@@ -130,7 +102,7 @@ class _Panel:
         """Chooses the scales: logarithmic for losses if all are positive, for seconds if they differ much."""
         losses = [evaluation.loss for run in runs for evaluation in run.history if math.isfinite(evaluation.loss)]
         ends = [run.seconds for run in runs if run.failure is None and run.seconds > 0]
-        spread = over == "seconds" and bool(ends) and max(ends) > _RATIO * min(ends)
+        spread = over == "seconds" and bool(ends) and max(ends) > RATIO * min(ends)
         starts = [run.history[0].loss for run in runs if run.history and run.history[0].loss > 0]
         ceiling = _CEILING * max(starts, default=math.inf)
         return cls(ax, over, spread, bool(losses) and min(losses) > 0, ceiling)
