@@ -118,6 +118,12 @@ def said(row: dict[str, Any]) -> str:
     )
 
 
+def keep(found: dict[str, Any], out: Path) -> None:
+    """What there is so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -128,17 +134,14 @@ def main() -> None:
     with measuring(1):
         load_flow_problem("concrete")
         flow(nn.Linear(2, 1).double(), torch.eye(2).double(), torch.ones(2, 1).double(), 1e-2)  # imports
-        rows = []
+        found: dict[str, Any] = {"machine": machine(1), "level": LEVEL, "limit": options.limit, "rows": []}
         for net, seed in NETS:
-            row = run_of(net, seed, options.limit)
-            rows.append(row)
-            print(said(row), flush=True)
-    big = large()
-    print(big)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"machine": machine(1), "level": LEVEL, "rows": rows, "large": big}, indent=1) + "\n"
-    )
+            found["rows"].append(run_of(net, seed, options.limit))
+            print(said(found["rows"][-1]), flush=True)
+            keep(found, options.out)
+    found["large"] = large()
+    print(found["large"])
+    keep(found, options.out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from models import (
     Flat,
     FunctionalTie,
     InPlaceSkip,
+    Moving,
     Nest,
     Owner,
     Positions,
@@ -29,8 +30,10 @@ from models import (
     Tied,
     Twice,
     TwoInputs,
+    Wave,
     Woven,
 )
+from pullback.ode import ODEBlock
 from sequences import Attention, Bag, Cells, Cross, Encoder, Offsets, Recurrent
 
 
@@ -118,6 +121,8 @@ CASES = [
     Case("in-place skip", InPlaceSkip, inputs(4)),
     Case("residual", lambda: seq(Residual(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), nn.Linear(3, 2)), inputs(3)),
     Case("called twice", Twice, inputs(3)),
+    Case("at two places", lambda: seq(*[nn.Linear(3, 3), nn.Tanh()] * 2, nn.Linear(3, 2)), inputs(3)),
+    Case("own map at two places", lambda: (w := Wave()) and seq(w, nn.Linear(3, 3), w, nn.Linear(3, 2)), inputs(3)),
     Case("tied", Tied, tokens(3, 5)),
     Case("functional tie", FunctionalTie, inputs(3)),
     Case("bare parameters", Owner, inputs(3)),
@@ -223,6 +228,8 @@ CASES = [
     Case("bilinear", TwoInputs, inputs(3)),
     Case("nest", Nest, inputs(3)),
     Case("outputs of outputs", Feeds, inputs(3)),
+    Case("ode unrolled", lambda: seq(nn.Linear(3, 2), ODEBlock(Moving(), solver="rk4", step=0.5, adjoint=False),
+                                     nn.Linear(2, 2)), inputs(3)),
 ]  # fmt: skip
 
 by_name = {case.name: case for case in CASES}

@@ -97,6 +97,17 @@ class Owner(nn.Module):
         return self.out(torch.tanh(self.inner(x) * self.scale) + self.shift)
 
 
+class Wave(nn.Module):
+    """No rule knows this module; its rows depend on its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * self.w)
+
+
 class Branches(nn.Module):
     """Two inputs by keyword, two branches, joined."""
 
@@ -249,3 +260,14 @@ class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         return self.out(torch.tanh(self.a(x.reshape(n * t, d))).view(n, t, -1).sum(1))
+
+
+class Moving(nn.Module):
+    """A vector field that changes with time."""
+
+    def __init__(self, d: int = 2, h: int = 4) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(d + 1, h), nn.Linear(h, d)
+
+    def forward(self, t, x):
+        return self.b(torch.tanh(self.a(torch.cat([x, t.expand(len(x), 1)], 1))))

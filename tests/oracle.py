@@ -22,11 +22,21 @@ def flat(tree: dict[str, Tensor], lead: int = 0) -> Tensor:
     return torch.cat([t.flatten(lead) for t in tree.values()], -1)
 
 
+def called(model: nn.Module, p: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """functional_call, after which a module that stands at two places has its own parameters again."""
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        return functional_call(model, p, args, kwargs)
+    finally:
+        for module, own in kept:
+            module._parameters.update(own)
+
+
 def jacobian(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], head=lambda z: z) -> Tensor:
     """dz/dw, shape (*z.shape, n), parameters in the order of named_parameters."""
 
     def f(p: dict[str, Tensor]) -> Tensor:
-        return head(functional_call(model, p, args, kwargs))
+        return head(called(model, p, args, kwargs))
 
     J = jacrev(f)(params_of(model))
     shape = f(params_of(model)).shape

@@ -168,6 +168,14 @@ def test_accuracies_are_linear_and_the_best_over_further_options_is_drawn() -> N
     assert "best over nesterov, test accuracy, one seed" in figure.get_suptitle()
 
 
+def test_names_of_options_stay_clear_of_their_values() -> None:
+    figure = plot_sweep(swept("loss", "sgd:lr=0.1|1,weight_decay=0|0.001|0.01", {}))["sgd"]
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    values = min(tick.get_window_extent().x0 for tick in ax.get_yticklabels())
+    assert ax.yaxis.label.get_window_extent().x1 < values - 0.08 * figure.dpi
+
+
 def test_the_title_has_the_options_with_one_value_and_is_parted_if_long() -> None:
     short, long = ("sgd:lr=0.1|1,momentum=0.9", "sgd:lr=0.1|1,momentum=0.9,dampening=0.125,nesterov=false")
     (figure,) = plot_sweep(swept("loss", short, {})).values()

@@ -5,7 +5,7 @@ space it came from. See the README for the loop and ``docs/`` for the mathematic
 """
 
 from pullback.control import BellmanStage, Game, bellman, stages_of
-from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, StepError
+from pullback.errors import CoverageError, MetricError, MixingError, PullbackError, SolverError, StepError
 from pullback.metric import (
     Bernoulli,
     Categorical,
@@ -64,6 +64,7 @@ __all__ = [
     "PullbackError",
     "Refresh",
     "Sampled",
+    "SolverError",
     "StepError",
     "StepRecord",
     "Trust",

@@ -21,3 +21,19 @@ class MetricError(PullbackError):
 
 class StepError(PullbackError):
     """A step was asked for that cannot be taken; weights and state are as they were."""
+
+
+class ManifoldError(PullbackError):
+    """A point is not on its manifold, or a parameter on one is met by something that would move it off."""
+
+
+class SolverError(StepError):
+    """An ODE could not be solved as asked; weights and times are as they were.
+
+    Attributes:
+        time: t at which the solver gave up, nan where there is no such time.
+    """
+
+    def __init__(self, message: str, time: float = float("nan")) -> None:
+        super().__init__(message)
+        self.time = time

@@ -48,6 +48,7 @@ def test_optimizers_are_listed_with_options(pullback: Pullback, monkeypatch: pyt
         "soap",
         "rmsprop",
         "e-msa",
+        "snopt",
     ):
         assert f"\n{name}\n" in f"\n{text}"
     assert "samples=none" in text

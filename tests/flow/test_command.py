@@ -66,9 +66,12 @@ def test_problems() -> None:
     x = torch.tensor([[1.0, 2], [3, 4], [1, 2], [0, 0]])
     assert first_of_each(x).tolist() == [0, 1, 3]
     assert 10 * smallest_width(8, 1, 1024) + 1 >= 1024 > 10 * (smallest_width(8, 1, 1024) - 1) + 1
-    digits = load_flow_problem("digits-regression:rows=50,width=2")
+    digits = load_flow_problem("digits-regression:rows=50,width=2,pool=1")
     assert digits.inputs.dtype == torch.float64
     assert "pixels" in digits.notes[0]
+    assert load_flow_problem("digits-regression:rows=50").inputs.shape == (50, 16)
+    with pytest.raises(SpecError, match="pool must be 1, 2 or 4, got 3"):
+        load_flow_problem("digits-regression:pool=3")
     with pytest.raises(SpecError, match="no option 'row'"):
         load_flow_problem("concrete:row=3")
     with pytest.raises(DataError):

@@ -129,6 +129,21 @@ def test_the_under_parametrised_flow_promises_nothing_and_ends_in_an_equilibrium
     assert run.cost == pytest.approx(float((wide @ least - y).square().sum()) / 80, rel=1e-9)
 
 
+def test_a_run_cut_short_of_an_equilibrium_says_how_fast_the_cost_still_falls() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 3, dtype=f64)
+    y = torch.randn(40, 2, dtype=f64)
+    model = nn.Linear(3, 2).double()
+    unit = 40.0  # 1 / (2c), c = 1 / (2N)
+    run = flow(model, x, y, until=0.25 * unit)
+    with torch.no_grad():
+        r = (model(x) - y).T.reshape(-1)
+    D = torch.kron(torch.eye(2, dtype=f64), torch.cat([x, torch.ones(40, 1, dtype=f64)], 1))
+    Q = torch.linalg.qr(D)[0]
+    share = 2 * float((Q.T @ r).square().sum() / r.square().sum())
+    assert f"the cost still falls by {share:.1e} of itself in a time of {unit:g}." in run.notes[-1]
+
+
 def fold(seed: int = 0) -> tuple[FoldNet, Tensor, Tensor, float]:
     problem = load_flow_problem("rank-loss:rows=3,features=5")
     model = problem.make_model(seed)

@@ -57,9 +57,11 @@ def test_the_embedded_problems_are_listed() -> None:
     names = [entry.name for entry in entries()]
     assert {"digits", "wine", "breast-cancer", "diabetes", "fashion-mnist", "fashion-mnist-cnn"} <= set(names)
     assert {"function-2d", "sinc", "residual", "rates", "uci", "digits-regression"} <= set(names)
+    assert {"spirals", "circles", "moons", "digits-ode"} <= set(names)
     assert names == sorted(names)
     assert all(entry.summary and "\n" not in entry.summary for entry in entries())
-    reading = {"cifar10", "fashion-mnist", "fashion-mnist-cnn", "shakespeare", "uci"}
+    reading = {"cifar10", "fashion-mnist", "fashion-mnist-cnn", "shakespeare", "uci", "lynx-hare", "sunspots"}
+    reading |= {"miniboone", "japanese-vowels", "articulary-words", "italy-power", "arrow-head"}
     assert {entry.name for entry in entries() if entry.needs_data} == reading
     assert all("data" not in entry.parameters for entry in entries())
 
@@ -81,7 +83,7 @@ def test_a_new_problem_is_one_decorated_function(line: Problem) -> None:
     [
         ("digit", "Did you mean 'digits'"),
         ("Digits", "Did you mean 'digits'"),
-        ("zzzzzzz", "Known: breast-cancer"),
+        ("zzzzzzz", "Known: arrow-head"),
         ("wine:widht=3", "Did you mean 'width'"),
         ("wine:width=wide", "width of wine must be a whole number"),
         ("wine:width=0", "1 or more"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,36 @@ def test_a_way_that_differs_is_never_chosen():
     assert reference is good
     assert name in ("loop", "fold")
     assert "vmap" not in seconds
+
+
+def test_of_many_columns_the_loop_takes_a_few_and_its_time_is_extrapolated():
+    assert sweep.probes(3) == [0, 1, 2]
+    picks = sweep.probes(61)
+    assert (picks[0], picks[-1], len(picks)) == (0, 60, 6)
+    S = torch.randn(61, 4)
+    ways = {"loop": lambda: [S[picks]], "vmap": lambda: [S * 1.1], "fold": lambda: [S.clone()]}
+    name, reference, seconds = sweep.choose(ways, columns=61)
+    assert name in ("loop", "fold")
+    assert "vmap" not in seconds
+    assert len(reference[0]) == 6
+
+    def slow():
+        time.sleep(0.006)
+        return [S[picks]]
+
+    assert sweep.choose({"loop": slow}, columns=61)[2]["loop"] > 0.06
+
+
+def test_a_slow_way_is_timed_once():
+    runs = []
+
+    def slow():
+        runs.append(None)
+        time.sleep(0.06)
+        return [torch.ones(2)]
+
+    sweep.choose({"loop": slow})
+    assert len(runs) == 1
 
 
 def test_a_way_that_fails_is_passed_over():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pullback.cli import compare, flow, listing, sweep, train
+from pullback.cli import certify, compare, flow, listing, sweep, train
 
 app = typer.Typer(
     name="pullback",
@@ -41,3 +41,4 @@ app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("flow", epilog=flow.EXAMPLES)(flow.flow)
+app.command("certify", epilog=certify.EXAMPLES)(certify.certify)

@@ -13,7 +13,7 @@ EXAMPLES = options.examples(
     "pullback flow diabetes --eps 1e-6",
     "pullback flow concrete:rows=256 --eps 1e-6 --seed 3 --out flow --json",
     "pullback flow rank-loss --eps 1e-6 --tol 1e-8",
-    "pullback flow digits-regression --seconds 60",
+    "pullback flow digits-regression --seconds 30",
 )
 
 
@@ -42,7 +42,9 @@ def flow(
     tol: Annotated[
         float | None, typer.Option(help="Error of a step relative to the way that is left; else 1e-6.", metavar="T")
     ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Most seconds.", metavar="S")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Most seconds; 60 if no stopping time is promised.", metavar="S")
+    ] = None,
     threads: options.ThreadsOption = 1,
     data: options.DataOption = None,
     out: Annotated[

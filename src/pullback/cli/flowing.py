@@ -26,6 +26,9 @@ from pullback.plotting import require_matplotlib, save_flow
 from pullback.problems import SpecError, machine, measuring
 
 _INTERVAL = 0.1
+_BY = {"cholesky": "Cholesky", "qr": "QR", "truncated": "singular values", "lsmr": "LSMR"}
+#: Most seconds of a run to which no stopping time is promised.
+_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,14 @@ def run_flow(
 def _run(problem: FlowProblem, wanted: Wanted, bar: FlowBar) -> FlowRun:
     try:
         prepared = AdaptedFlow(problem.make_model(wanted.seed), problem.inputs, problem.targets, regime=wanted.regime)
+        usual = math.inf if prepared.promised else _SECONDS
         try:
             return prepared.run(
                 wanted.eps,
                 until=wanted.until,
                 method=wanted.method,
                 tol=wanted.tol,
-                seconds=math.inf if wanted.seconds is None else wanted.seconds,
+                seconds=usual if wanted.seconds is None else wanted.seconds,
                 progress=bar,
             )
         finally:
@@ -153,9 +157,9 @@ def _table(name: str, problem: FlowProblem, wanted: Wanted, run: FlowRun) -> Ren
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    certificate = run.certificate
+    certificate, by = run.certificate, _BY.get(run.solver, run.solver)
     rows: list[tuple[str, str]] = [
-        ("regime", f"{run.regime}, D {run.shape[0]} x {run.shape[1]} of rank {run.rank}, by {run.solver}"),
+        ("regime", f"{run.regime}, D {run.shape[0]} x {run.shape[1]} of rank {run.rank}, by {by}"),
         ("stopping time", "none promised" if run.stopping_time is None else f"{run.stopping_time:.6g}"),
         ("ended", f"at s = {run.s:.6g}: {run.ended}"),
         (

@@ -28,6 +28,7 @@ from pullback.control.route import CutPlan, Route
 from pullback.curvature import Block, Linearisation, Partition, check_partition, divide
 from pullback.curvature.cholesky import factorise
 from pullback.errors import StepError
+from pullback.manifolds import refuse_manifolds
 from pullback.metric import Criteria, Metrics
 from pullback.tape import Tape, Term
 
@@ -162,11 +163,13 @@ def bellman(
 
     Raises:
         ValueError: if ``mu`` is not positive or the metric is a sketch.
+        ManifoldError: if a parameter lives on a manifold.
     """
     if not mu > 0:
         raise ValueError(f"mu must be positive, got {mu}.")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (backpropagation) or 2, got {order!r}.")
+    refuse_manifolds("bellman", model)
     tape = Tape(model, criterion, metric, wiring="all")
     if not tape.metric.exact:
         raise ValueError("The recursion starts from e0, which a sampled metric does not have; give an exact metric.")

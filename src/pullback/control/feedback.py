@@ -18,14 +18,15 @@ different rates, e_l counts for a slower one by its rate over the largest before
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pullback.control.realised import Course
-from pullback.curvature import Tails
+from pullback.curvature import Tails, displace
+from pullback.manifolds import Manifold
 from pullback.tape import Passage
 
 #: Runs the model (and the loss) again at the present weights under a passage; returns the loss, nan if it has none.
@@ -60,6 +61,7 @@ class Loop:
         roots: the calls of the model in a run, for :class:`Passage`.
         run: runs the model again.
         shift: p by stage and block in units of the mass: steps are damped towards p instead of towards zero.
+        held: manifolds by id of the parameter, of those that live on one.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Loop:
         roots: Sequence[int] | int,
         run: Run,
         shift: Packed | None = None,
+        held: Mapping[int, Manifold] | None = None,
     ) -> None:
         self.course = course
         self.tails = tails
@@ -88,6 +91,7 @@ class Loop:
         self.roots = roots
         self._run = run
         self.shift = shift
+        self.held = held or {}
         self.params: list[Tensor] = [p for blocks in course.stages for block in blocks for p in block.params]
         # sum over the tail of U p: what a stage finds of the shift beside what has been realised
         self._shifted = None if shift is None else self._tail_sums(shift)
@@ -209,6 +213,9 @@ class Loop:
 
     def _move(self, k: int, steps: Sequence[Tensor]) -> None:
         for block, step in zip(self.course.stages[k], steps, strict=True):
+            if block.curved:
+                displace(block.params, block.unpack(step), self.held)
+                continue
             start = 0
             for p in block.params:
                 stop = start + p.numel()

@@ -36,7 +36,15 @@ class Course:
         self.terms = list(terms)
         self.stages = [list(blocks) for blocks in stages]
         self.moments = route.moments(terms)
-        self._rows: dict[tuple[int, int, tuple[int, ...]], Rows] = {}
+        # Formed here, before anything moves: rows of some modules are made by running them at the present weights.
+        wanted = {
+            (t, u, calls)
+            for plans in route.plans
+            for t, plan in enumerate(plans)
+            for later in plan.later
+            for u, calls in later.calls
+        }
+        self._rows = {key: self._some_calls(*key) for key in wanted}
 
     def deviation(self, passage: Passage, cut: int, moved: Moved) -> Tensor:
         """e_l, shape (R,).
@@ -48,7 +56,7 @@ class Course:
         """
         parts = []
         for t, plan in enumerate(self.route.plans[cut]):
-            if plan.broken is not None:
+            if plan.broken is not None or self.terms[t].ports is None:
                 parts.append(self.linear(t, moved))
                 continue
             e = cast(passage.measured(t, plan.rank), self.terms[t].e0.dtype)
@@ -72,20 +80,17 @@ class Course:
         pieces = block.unpack(step)
         if later.params is not None:
             only = [d if k in later.params else torch.zeros_like(d) for k, d in enumerate(pieces)]
-            return block.rows[t].matvec(block.pack(only))
+            return block.rows[t].matvec(block.coordinates(only))
         by_id = {id(p): d for p, d in zip(block.params, pieces, strict=True)}
         out = torch.zeros_like(self.terms[t].e0)
         for u, numbers in later.calls:
-            rows = self._some_calls(t, u, numbers)
+            rows = self._rows[t, u, numbers]
             out += rows.matvec(torch.cat([by_id[id(p)].reshape(-1) for p in rows.params]))
         return out
 
     def _some_calls(self, t: int, u: int, numbers: tuple[int, ...]) -> Rows:
         """Rows of a unit from some of its calls."""
-        key = (t, u, numbers)
-        if key not in self._rows:
-            term = self.terms[t]
-            unit = term.plan.units[u]
-            calls = term.factors[id(unit.module)]
-            self._rows[key] = unit.rows([calls[c] for c in numbers], term.N)
-        return self._rows[key]
+        term = self.terms[t]
+        unit = term.plan.units[u]
+        calls = term.factors[id(unit.module)]
+        return unit.rows([calls[c] for c in numbers], term.N)

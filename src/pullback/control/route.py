@@ -125,7 +125,8 @@ def _entry(terms: Sequence[Term], first: tuple[int, int, int]) -> Entry:
 
 def _plan(t: int, term: Term, decided: Sequence[Sequence[Block]], time: float, root: int | None) -> CutPlan:
     ports = term.ports
-    assert ports is not None
+    if ports is None:  # the cost of a parameter itself, which no tensor carries
+        return CutPlan(-1, None, ())
     rank = -1 if time == -1 else ports.rank(time)
     broken = ports.wires.cut(rank).broken
     later: list[Later] = []

@@ -14,6 +14,7 @@ from pullback.curvature.primal import Primal
 from pullback.curvature.scalars import scalars
 from pullback.curvature.solver import Solver
 from pullback.curvature.tails import Tails
+from pullback.curvature.tangent import displace
 from pullback.curvature.workspace import Workspace
 from pullback.tape.memory import memory_budget
 
@@ -39,6 +40,7 @@ __all__ = [
     "blocks_of",
     "check_mass",
     "check_partition",
+    "displace",
     "divide",
     "factorise",
     "memory_budget",

@@ -19,7 +19,15 @@ class Block:
         rows: rows by index of the term; terms without an entry have zero rows.
         sizes: rows of every term, in order.
         name: names of the parameters' modules.
+
+    Attributes:
+        R: rows over all terms.
+        widths: coordinates of every parameter, its numbers.
+        n: their sum.
     """
+
+    #: whether parameters live on manifolds, so that packed vectors are tangent coordinates
+    curved = False
 
     def __init__(
         self, params: Sequence[nn.Parameter], rows: dict[int, Rows], sizes: Sequence[int], name: str = ""
@@ -29,7 +37,8 @@ class Block:
         self.sizes = list(sizes)
         self.name = name
         self.R = sum(sizes)
-        self.n = sum(p.numel() for p in self.params)
+        self.widths = [p.numel() for p in self.params]
+        self.n = sum(self.widths)
 
     @property
     def rule(self) -> str:
@@ -130,10 +139,17 @@ class Block:
         pieces = vector.split([p.numel() for p in self.params])
         return [piece.view_as(p) for piece, p in zip(pieces, self.params, strict=True)]
 
+    def coordinates(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One vector (n,) from changes of the parameters; :meth:`pack` is for gradients, which differ on manifolds."""
+        return self.pack(tensors)
+
+    def like(self, rows: dict[int, Rows]) -> Block:
+        """The same parameters with other rows."""
+        return Block(self.params, rows, self.sizes, self.name)
+
     def to(self, dtype: torch.dtype) -> Block:
         """The same block in another precision."""
-        rows = {t: r.to(dtype) for t, r in self.rows.items()}
-        return Block(self.params, rows, self.sizes, self.name)
+        return self.like({t: r.to(dtype) for t, r in self.rows.items()})
 
     def _offsets(self) -> list[int]:
         out = [0]

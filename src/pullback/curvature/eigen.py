@@ -111,6 +111,8 @@ def squares(sides: Sides, P: Tensor, Q: Tensor) -> Tensor:
         Q: basis on the right, shape (G, right, right).
     """
     s, x = sides.factor, sides.given_vectors()
+    if sides.times is not None:
+        s = s * sides.times[:, None]
     F, X = (P, Q) if sides.factor_left else (Q, P)
     s, x = torch.einsum("ganpi,gij->ganpj", s, F), torch.einsum("gnpi,gij->gnpj", x, X)
     G, r, N, positions, o = s.shape

@@ -326,14 +326,12 @@ def _pair(sides: Sequence[Sides], shared: Shared) -> tuple[Sample, Sample]:
     reduce = shared == "reduce" and not any(own.table for own in sides)
     count = sum(own.given.shape[1] * (1 if reduce else own.counted) for own in sides)
     for own in sides:
-        s = own.factor
-        if reduce:
-            s = s.sum(3)
+        s = own.summed_factor() if reduce else own.spread_factor()
         factor.vectors.append(s.reshape(s.shape[0], -1, s.shape[-1]))
         if own.table:
             hits = torch.bincount(own.given.reshape(-1), minlength=own.entries).to(s.dtype) / count
             given.counts = hits if given.counts is None else given.counts + hits
             continue
-        x = own.averaged_vectors() if reduce else own.given_vectors().flatten(1, 2)
+        x = own.averaged_vectors() if reduce else own.spread_given().flatten(1, 2)
         given.vectors.append(x * count**-0.5)
     return (factor, given) if sides[0].factor_left else (given, factor)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pullback.curvature.block import Block, blocks_of
+from pullback.curvature.tangent import tangential
 from pullback.errors import StepError
+from pullback.manifolds import Manifold
 from pullback.tape import Term
 
 
@@ -33,16 +35,21 @@ class Linearisation:
 
     Args:
         terms: swept terms, at least one.
+        held: manifolds by id of the parameter, of those that live on one.
 
     Attributes:
-        blocks: the blocks, in the order of the model's calls.
+        blocks: the blocks, in the order of the model's calls; in tangent coordinates where parameters have them.
         e0: residual of the loss as it is, shape (R,).
         exact: whether e0 generates the gradient of the terms (False under a sketch).
+        held: see above.
     """
 
-    def __init__(self, terms: Sequence[Term]) -> None:
+    def __init__(self, terms: Sequence[Term], held: Mapping[int, Manifold] | None = None) -> None:
         self.terms = list(terms)
+        self.held = held or {}
         self.blocks = blocks_of(terms)
+        if self.held:
+            self.blocks = tangential(self.blocks, self.held)
         self.e0 = terms[0].e0 if len(terms) == 1 else torch.cat([term.e0 for term in terms])
         self.exact = all(term.exact for term in terms)
 

@@ -29,6 +29,7 @@ class ScaledRows(Rows):
 
     def __init__(self, inner: Rows, scale: float | Tensor) -> None:
         super().__init__(inner.params, inner.r, inner.N)
+        self.n = inner.n
         self.inner = inner
         self.scale = scale
         self.rule = inner.rule
@@ -83,8 +84,7 @@ class ScaledRows(Rows):
 
 def weigh(block: Block, scale: float | Tensor) -> Block:
     """The block with columns scaled by ``scale = D^{-1/2}``."""
-    rows: dict[int, Rows] = {t: ScaledRows(r, scale) for t, r in block.rows.items()}
-    return Block(block.params, rows, block.sizes, block.name)
+    return block.like({t: ScaledRows(r, scale) for t, r in block.rows.items()})
 
 
 def check_mass(mass: Mass) -> Mass:
@@ -117,7 +117,7 @@ def scales_of(
         largest: keeps the largest diagonal seen so far for a block, as MINPACK does, and returns it.
 
     Raises:
-        ValueError: if a named mass does not fit its parameter.
+        ValueError: if a named mass does not fit its parameter, or one by coordinates meets a parameter on a manifold.
     """
     if mass == "identity":
         return None
@@ -126,6 +126,11 @@ def scales_of(
         floor = torch.finfo(blocks[0].params[0].dtype).eps * max(means)
         return [max(mean, floor) ** -0.5 if mean > 0 or floor > 0 else 1.0 for mean in means]
     if mass == "marquardt":
+        if any(block.curved for block in blocks):
+            raise ValueError(
+                "mass='marquardt' keeps a mass for every coordinate, and those of a parameter on a manifold turn from "
+                "step to step; take 'identity', 'module' or one number for the parameter."
+            )
         diagonals = [largest(block, block.diagonal()) for block in blocks]
         # A parameter that does nothing yet gets the smallest mass that keeps its scale finite.
         floor = torch.finfo(diagonals[0].dtype).eps * max(float(d.max()) for d in diagonals)
@@ -136,12 +141,17 @@ def scales_of(
 
 def _named(block: Block, mass: Mapping[str, float | Tensor], names: Mapping[int, str]) -> Tensor:
     parts = []
-    for p in block.params:
+    for p, width in zip(block.params, block.widths, strict=True):
         value = torch.as_tensor(mass.get(names[id(p)], 1.0), dtype=p.dtype, device=p.device)
         if value.ndim and value.shape != p.shape:
             raise ValueError(
                 f"The mass of '{names[id(p)]}' has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}; give "
                 "one number or the same shape."
             )
-        parts.append(value.expand(p.shape).reshape(-1))
+        if block.curved and value.ndim and width != p.numel():
+            raise ValueError(
+                f"The mass of '{names[id(p)]}' has one entry for every number, but the parameter lives on a manifold, "
+                "whose coordinates turn from step to step; give it one number."
+            )
+        parts.append(value.expand(p.shape).reshape(-1) if value.ndim else value.expand(width))
     return torch.cat(parts).rsqrt()

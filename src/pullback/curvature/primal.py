@@ -45,6 +45,8 @@ class Primal(Factored):
     def _stacked(self, t: int) -> Iterator[Tensor]:
         """Dense rows of all blocks in one term, some samples at a time."""
         present = [block.rows[t] for block in self.blocks if t in block.rows]
+        if not present:  # none of these blocks has part in that term
+            return
         r, N = present[0].r, present[0].N
         like = present[0].dense(0, 1)
         step = max(1, CHUNK_NUMBERS // (r * self.n))

@@ -176,7 +176,8 @@ class StageBlock(Averaged):
         given, factors = [], []
         for name, own in zip(self.names, rows, strict=True):
             sides = own.sides(keep)
-            if sides is None or sides.table or not sides.factor_left or sides.factor.shape[0] > 1:
+            two = sides is not None and sides.times is None and sides.factor_left and sides.factor.shape[0] == 1
+            if sides is None or sides.table or not two:
                 raise StepError(
                     f"Player '{name}' has rows by the rule '{own.rule}', which have no two sides to share with "
                     "others; only Linear and convolutions in one group can play. Take it out of the game."

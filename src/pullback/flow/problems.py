@@ -71,20 +71,26 @@ def diabetes(*, rows: int = 256, layers: int = 1, width: int | None = None) -> F
     return _distinct("diabetes", x, y, rows, layers, width)
 
 
-def digits_regression(*, rows: int = 300, width: int = 8) -> FlowProblem:
-    """Digits as regression to one-hot targets: tanh MLP with one hidden layer; under-parametrised.
+def digits_regression(*, rows: int = 300, width: int = 4, pool: int = 2) -> FlowProblem:
+    """Digits as regression to one-hot targets, standardised pixels: tanh MLP, one hidden layer; under-parametrised.
 
     Args:
         rows: Rows, the first of the training rows.
         width: Hidden width.
+        pool: Pixels of a side that are averaged: 1, 2 or 4.
     """
     x, y = load_problem("digits-regression:dtype=float64").train
     at_least("digits-regression", "rows", rows)
     at_least("digits-regression", "width", width)
+    if pool not in (1, 2, 4):
+        raise SpecError(f"digits-regression:pool must be 1, 2 or 4, got {pool}.")
     x, y = x[:rows], y[:rows]
+    x = nn.functional.avg_pool2d(x.view(-1, 1, 8, 8), pool).flatten(1)
     moves = (x != x[0]).any(0)
     x = x[:, moves]
-    notes = (f"{int((~moves).sum())} of {len(moves)} pixels are the same in all rows and were dropped.",)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    still = int((~moves).sum())
+    notes = (f"{still} of {len(moves)} pixels are the same in all rows and were dropped.",) if still else ()
     made = seeded(lambda: mlp([x.shape[1], width, 10], nn.Tanh, torch.float64))
     return FlowProblem("digits-regression", made, x, y, notes)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pullback.curvature import Block, blocks_of
 from pullback.errors import CoverageError
 from pullback.flow.errors import FlowError
+from pullback.manifolds import refuse_manifolds
 from pullback.metric import OutputMetric
 from pullback.tape import Tape
 
@@ -80,11 +81,13 @@ class OutputSystem:
     Raises:
         FlowError: if outputs change from call to call, or are not one floating tensor of finite numbers.
         CoverageError: if parameters cannot be given rows.
+        ManifoldError: if one lives on a manifold.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor | tuple[Any, ...], metric: OutputMetric) -> None:
         self.model = model
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        refuse_manifolds("an adapted flow", model)
         self.tape = Tape(model, None, metric)
         self.evaluations = 0
         try:

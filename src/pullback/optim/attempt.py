@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pullback.control import Direction, mix, solve
+from pullback.errors import SolverError
 from pullback.optim.options import Momentum
 from pullback.optim.search import Clock
 from pullback.optim.system import System
@@ -109,10 +111,15 @@ class OpenLoop:
         step, Us, slope, norm2 = system.move(direction, alpha, self.rates)
         predicted = decrease(self.e0, Us, slope, mu * norm2, system.lin.exact, self.whole)
         self.clock.mark("solve")
-        after = None if self.trial is None else float(self.trial())
+        note, after = "", None
+        if self.trial is not None:
+            try:
+                after = float(self.trial())
+            except SolverError as error:  # so far off that an ODE in the model has no solution: too far
+                note, after = str(error), math.inf
         self.clock.mark("trial")
         spaces = tuple(f"{solver.name} {solver.outcome}" for solver in system.solvers)
-        return Attempt(step, direction.mu, alpha, slope, predicted, after, spaces, int(self.trial is not None))
+        return Attempt(step, direction.mu, alpha, slope, predicted, after, spaces, int(self.trial is not None), note)
 
     def _direction(self, mu: float) -> Direction:
         system = self.system

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from pullback.curvature import (
     check_mass,
     check_partition,
 )
-from pullback.errors import StepError
+from pullback.errors import ManifoldError, StepError
+from pullback.manifolds import Manifold
 from pullback.metric import Criteria, Metrics
 from pullback.optim.attempt import OpenLoop, Policy
 from pullback.optim.checks import check_options
@@ -40,7 +41,8 @@ class PullbackOptimizer(Taped):
     """Base of the optimizers that solve in a pulled-back metric.
 
     Args:
-        model: the model; its parameters are optimised and its calls observed.
+        model: the model; its parameters are optimised and its calls observed. Those that live on a manifold
+            (:func:`pullback.manifolds.constrain`) move in its tangent space and are retracted.
         criterion: the loss module used in the loop; several in a list or dict, one per head of the model; None for
             a functional loss, which then needs ``metric`` and a closure.
         metric: overrides the metric the criterion resolves to; for several criteria as many, in the same form.
@@ -71,6 +73,7 @@ class PullbackOptimizer(Taped):
 
     Raises:
         MetricError: if no metric is known for the criterion.
+        ManifoldError: if weight decay is asked for a parameter on a manifold.
         TypeError, ValueError: if an option is not of its kind.
     """
 
@@ -124,7 +127,7 @@ class PullbackOptimizer(Taped):
     def _advance(self, terms: list[Term], loss: float, finite: bool, closure: Callable[[], Any] | None) -> None:
         # The loss is asked first: it is at hand, the rest reads every input and every weight.
         overshot = bool(terms) and self._control.overshot(loss)
-        if overshot and inputs_finite(terms) and untouched(self.param_groups, self._control):
+        if overshot and inputs_finite(terms) and untouched(self.param_groups, self._control, self._held):
             self._take_back(loss)
             return
         if not finite:
@@ -154,16 +157,43 @@ class PullbackOptimizer(Taped):
     def _step(self, terms: list[Term], loss: float, closure: Callable[[], Any] | None) -> None:
         clock = Clock()
         clock.add("sweep", sum(term.seconds for term in terms))
-        lin = Linearisation(terms)
+        if self._held:
+            self._check_held()
+        lin = Linearisation(terms, self._held)
         policy = self._policy(lin, closure, loss, clock)
         strays = self._strays({id(p) for block in lin.blocks for p in block.params})
         ample = AMPLE * sum(block.n for block in lin.blocks) <= lin.R
-        self._control.start(policy.unit, loss, self._gradients(), lin.e0.dtype, ample)
+        self._control.start(policy.unit, loss, self._slopes(), lin.e0.dtype, ample)
         clock.mark("curvature")
         self.last = Search(policy, self._control, loss, self.damping.control == "gain", clock).run()
         self._finish(policy.params)
         if self._fallback is not None and strays:
             self._fallback.step(strays)
+
+    def _accept(self, held: Mapping[int, Manifold]) -> None:
+        self._held = held
+        self._check_held()
+
+    def _check_held(self) -> None:
+        """Refuse what would pull a constrained parameter off its manifold."""
+        for group in self.param_groups:
+            if group["weight_decay"] and any(id(p) in self._held for p in group["params"]):
+                name = next(self._tape.names.full.get(id(p), "?") for p in group["params"] if id(p) in self._held)
+                raise ManifoldError(
+                    f"Parameter '{name}' lives on a manifold, which weight_decay={group['weight_decay']} would leave; "
+                    "put it into a parameter group of its own with weight_decay=0."
+                )
+
+    def _strays(self, seen: set[int]) -> list[Tensor]:
+        strays = super()._strays(seen)
+        if self._held:
+            for p in strays:
+                if id(p) in self._held:
+                    raise ManifoldError(
+                        f"Parameter '{self._tape.names.full.get(id(p), '?')}' lives on a manifold but can be given no "
+                        "rows, and the fallback optimizer would move it off; freeze it or call its module by samples."
+                    )
+        return strays
 
     def _policy(self, lin: Linearisation, closure: Callable[[], Any] | None, loss: float, clock: Clock) -> Policy:
         """How attempts are made from a linearisation."""
@@ -188,6 +218,15 @@ class PullbackOptimizer(Taped):
             whole=closure is not None,
             clock=clock,
         )
+
+    def _slopes(self) -> dict[int, Tensor]:
+        """The gradient by parameter; of a constrained one only what is tangent, for the rest is no slope."""
+        grads = self._gradients()
+        if self._held:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if id(p) in self._held and id(p) in grads:
+                    grads[id(p)] = self._held[id(p)].project(p, grads[id(p)])
+        return grads
 
     def _previous(self) -> dict[int, Tensor]:
         """The previous step by parameter."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pullback.control import Course, Loop, Packed, Route, Sweep
 from pullback.curvature import Block, Tails
-from pullback.errors import StepError
+from pullback.errors import SolverError, StepError
 from pullback.optim.attempt import Attempt, decrease
 from pullback.optim.options import Momentum
 from pullback.optim.search import Clock, restore
@@ -111,7 +111,10 @@ class ClosedLoop:
         """What will arise behind each cut; None if it is not wanted or not to be trusted."""
         if not self.anticipate or self.coarse:
             return None
-        rho = loop.anticipate(joint, LOOK, products)
+        try:
+            rho = loop.anticipate(joint, LOOK, products)
+        except SolverError:
+            return None
         if not all(bool(torch.isfinite(r).all()) for r in rho):
             return None
         if len(rho) == 1 and _norm(loop.tails.joint(rho[0])) > BOUND * loop.rates[0] * _norm(joint):
@@ -134,14 +137,25 @@ class ClosedLoop:
         first: tuple[Sweep, str] | None = None
         if not (self.tried and self.arc()):
             plans = plans[:1]
+        failed: SolverError | None = None
         for runs, (name, remainder, alpha) in enumerate(plans, 1):
-            if first is not None:
+            if runs > 1:
                 restore(self.params, before)
-            sweep = loop.sweep(remainder, alpha)
+            try:
+                sweep = loop.sweep(remainder, alpha)
+            except SolverError as error:  # so far off that an ODE in the model has no solution: too far
+                failed = error
+                continue
             first = first or (sweep, name)
             if not self.tried or sweep.loss < self.loss:
                 return sweep, name, alpha, runs
-        assert first is not None
+        if first is None:
+            assert failed is not None
+            if not self.tried:
+                raise failed
+            restore(self.params, before)
+            still = [[self.e0.new_zeros(block.n) for block in blocks] for blocks in loop.course.stages]
+            return Sweep(still, math.inf), str(failed), 1.0, len(plans)
         # None lowered the loss. The first is judged, so the weights must be its own.
         restore(self.params, before)
         loop.replace(first[0])
@@ -189,6 +203,7 @@ class ClosedLoop:
             roots=self.roots,
             run=self.run,
             shift=shift,
+            held=groups.lin.held,
         )
 
     def _rate(self, blocks: Sequence[Block]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pullback.errors import StepError
 from pullback.tape import Term
+from pullback.tape.prior import Quadratic
 
 #: what a sample's policy counts on
 Counting = Literal["mean", "positive", "clamped"]
@@ -64,4 +65,13 @@ def check_roots(terms: Sequence[Term]) -> None:
         raise StepError(
             "Two uses of the criterion rest on the same call of the model, so the gradients of single samples are not "
             "told apart; call the model once for each, or write one criterion of both."
+        )
+
+
+def check_penalties(terms: Sequence[Term]) -> None:
+    """Refuse the costs of parameters themselves."""
+    if any(isinstance(term.use.criterion, Quadratic) for term in terms):
+        raise StepError(
+            "A module of the model has a penalty on its own parameters, which is no sample's; set it to 0 with OCNOpt, "
+            "or use GaussNewton, FeedbackGaussNewton or Kronecker."
         )

@@ -22,7 +22,15 @@ from pullback.curvature.block import Block, blocks_of
 from pullback.errors import StepError
 from pullback.metric import Criteria, Metrics, Sampled
 from pullback.optim.checks import check_model
-from pullback.optim.counting import Counting, all_finite, check_policies, check_roots, not_finite, too_far
+from pullback.optim.counting import (
+    Counting,
+    all_finite,
+    check_penalties,
+    check_policies,
+    check_roots,
+    not_finite,
+    too_far,
+)
 from pullback.optim.coverage import Treated
 from pullback.optim.kronecker import sketches
 from pullback.optim.kronecker_host import KroneckerHost, adapted
@@ -212,6 +220,7 @@ class OCNOpt(Taped):
             self.host.advance()
             self.last = None if self._kronecker is None else self._kronecker.optimizer.last
             return
+        check_penalties(terms)
         if self.form != "mean":
             check_roots(terms)
         blocks = blocks_of(terms)

@@ -25,7 +25,8 @@ class StepRecord:
         seconds: time per phase: sweep, curvature, solve, trial; with feedback also look, and the trial is the sweeps.
         runs: forward passes after the one that was recorded, over all trials.
         note: with feedback which sweep was kept, ``"feedback"`` or ``"anticipation"``; for a single stage
-            ``"acceleration"`` (a geodesic step) or ``"plain"``.
+            ``"acceleration"`` (a geodesic step) or ``"plain"``. In open loop why a trial had no loss, if one had none
+            because an ODE could not be solved.
     """
 
     loss: float

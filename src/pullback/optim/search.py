@@ -71,6 +71,7 @@ class Search:
         mu = start = control.mu
         trials = control.options.trials if self.tried else 1
         count = runs = 0
+        failed = ""
         for _ in range(trials):
             count += 1
             attempt = self.policy.attempt(mu)
@@ -90,6 +91,7 @@ class Search:
                 control.taken = Taken(after, gain, attempt.slope, start, attempt.step, self.loss, kept, attempt.grow)
                 break
             restore(trained, before)
+            failed = attempt.note or failed
             mu = control.fail()
         return StepRecord(
             loss=self.loss,
@@ -103,7 +105,7 @@ class Search:
             spaces=attempt.spaces,
             seconds=self.clock.seconds,
             runs=runs,
-            note=attempt.note,
+            note=attempt.note or failed,
         )
 
 

@@ -18,6 +18,7 @@ from pullback.curvature import (
     Solver,
     Space,
     Workspace,
+    displace,
     divide,
     memory_budget,
     scalars,
@@ -91,7 +92,7 @@ class Groups:
             parts = []
             for k, block in enumerate(blocks):
                 pieces = [values[id(p)] if id(p) in values else torch.zeros_like(p) for p in block.params]
-                part = block.pack(pieces)
+                part = block.coordinates(pieces)
                 parts.append(part if scale is None else part / scale[k])
             out.append(parts)
         return out
@@ -169,7 +170,7 @@ class System(Groups):
     def move(
         self, direction: Direction, alpha: float, rates: Mapping[int, float]
     ) -> tuple[dict[int, Tensor], Tensor, float, float]:
-        """Move the weights by s = lr alpha d.
+        """Move the weights by s = lr alpha d, retracted where they live on manifolds.
 
         Args:
             direction: the direction d.
@@ -177,7 +178,7 @@ class System(Groups):
             rates: learning rate by parameter.
 
         Returns:
-            s by parameter, U s, g . s and |s|^2 (in units of the mass).
+            s by parameter, U s, g . s and |s|^2 (in units of the mass). On a manifold s is the tangent direction.
         """
         lrs = {rates[id(p)] for p in self.params}
         factor = alpha * (next(iter(lrs)) if len(lrs) == 1 else 1.0)
@@ -189,12 +190,13 @@ class System(Groups):
             for k, (block, d) in enumerate(zip(solver.blocks, parts, strict=True)):
                 s = d * factor
                 if len(lrs) > 1:
-                    s *= block.pack([torch.full_like(p, rates[id(p)]) for p in block.params])
+                    pairs = zip(block.params, block.widths, strict=True)
+                    s *= torch.cat([s.new_full((width,), rates[id(p)]) for p, width in pairs])
                 bent[-1].append(s)
                 real = s if scale is None else s * scale[k]
                 moved += block.params
                 pieces += block.unpack(real)
-        torch._foreach_add_(moved, pieces)
+        displace(moved, pieces, self.lin.held)
         step = {id(p): piece for p, piece in zip(moved, pieces, strict=True)}
         if len(lrs) == 1:
             return step, direction.Ud * factor, direction.slope * factor, direction.norm2 * factor**2

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pullback.errors import CoverageError, StepError
+from pullback.manifolds import Manifold, edition, manifolds_of, refuse_manifolds
 from pullback.metric import Criteria, Heads, Metrics, OutputMetric, Sampled
 from pullback.optim.checks import check_weights
 from pullback.optim.coverage import Treated, report
@@ -103,6 +104,8 @@ class Taped(torch.optim.Optimizer):
         self._rng: Tensor | None = None
         self._autocast: Region | None = None
         self._first_root = 0
+        self._held: Mapping[int, Manifold] = {}
+        self._hold()
 
     @abstractmethod
     def _advance(self, terms: list[Term], loss: float, finite: bool, closure: Callable[[], Any] | None) -> None:
@@ -173,6 +176,8 @@ class Taped(torch.optim.Optimizer):
         value = math.nan if before is None or not finite else float(before)
         finite = finite and (before is None or math.isfinite(value))
         device = self.param_groups[0]["params"][0].device.type
+        if self._edition != edition():
+            self._hold()
         with torch.no_grad(), self._tape.recorder.paused(), without_autocast(device):
             self._advance(terms, value, finite, closure)
         if torch.is_autocast_enabled(device):
@@ -224,6 +229,23 @@ class Taped(torch.optim.Optimizer):
         if closure is not None:
             raise StepError("scaler.step(opt, closure) cannot unscale inside a closure; use the loop without one.")
         return Scaling.of(scale, found_inf, self.grad_scaler)
+
+    # -- parameters on manifolds -------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Look which parameters live on manifolds, now and after every declaration."""
+        self._edition = edition()
+        own = set(self._order())
+        self._accept({key: manifold for key, manifold in manifolds_of(self.model).items() if key in own})
+
+    def _accept(self, held: Mapping[int, Manifold]) -> None:
+        """Take notice of them, or refuse.
+
+        Args:
+            held: manifolds by id of the parameter.
+        """
+        if held:
+            refuse_manifolds(type(self).__name__, self.model, set(held))
 
     # -- closure ----------------------------------------------------------------------------------------
 

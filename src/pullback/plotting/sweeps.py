@@ -138,6 +138,7 @@ def _draw_map(ax: Axes, grid: Grid, cells: dict[tuple[Value, ...], Cell | None],
     for axis, key in ((ax.xaxis, across), (ax.yaxis, up)):
         axis.set_ticks(range(len(grid.values[key])), [format_value(value) for value in grid.values[key]])
         axis.set_label_text(key)
+        axis.labelpad = 10  # an underscore of a name is not to touch a number
         axis.set_tick_params(length=0)
     ax.set(xlim=(-0.5, len(grid.values[across]) - 0.5), ylim=(-0.5, len(grid.values[up]) - 0.5))
     ax.spines[:].set_visible(False)

@@ -7,10 +7,19 @@
 """
 
 from pullback.problems import cifar as _cifar  # noqa: F401 (registers its problems)
+from pullback.problems import density as _density  # noqa: F401 (registers its problems)
+from pullback.problems import digits_ode as _digits_ode  # noqa: F401 (registers its problems)
 from pullback.problems import fashion as _fashion  # noqa: F401 (registers its problems)
+from pullback.problems import gene_circuit as _gene_circuit  # noqa: F401 (registers its problems)
 from pullback.problems import kinetics as _kinetics  # noqa: F401 (registers its problems)
+from pullback.problems import mass_spring as _mass_spring  # noqa: F401 (registers its problems)
+from pullback.problems import populations as _populations  # noqa: F401 (registers its problems)
+from pullback.problems import series_sets as _series_sets  # noqa: F401 (registers its problems)
 from pullback.problems import shakespeare as _shakespeare  # noqa: F401 (registers its problems)
+from pullback.problems import skew_network as _skew_network  # noqa: F401 (registers its problems)
 from pullback.problems import sklearn_sets as _sklearn_sets  # noqa: F401 (registers its problems)
+from pullback.problems import spirals as _spirals  # noqa: F401 (registers its problems)
+from pullback.problems import sunspots as _sunspots  # noqa: F401 (registers its problems)
 from pullback.problems import synthetic as _synthetic  # noqa: F401 (registers its problems)
 from pullback.problems import uci as _uci  # noqa: F401 (registers its problems)
 from pullback.problems.budget import Budget

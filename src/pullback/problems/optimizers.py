@@ -16,6 +16,7 @@ from pullback.problems.errors import SpecError, missing_extra, nearest
 from pullback.problems.least_squares import LeastSquares, require_scipy
 from pullback.problems.muon import MuonWithAdamW
 from pullback.problems.optimizer_entry import OptimizerEntry, Option, Stepper
+from pullback.problems.snopt import SNOpt
 
 _Source = Callable[[], Callable[..., Any]]
 _Build = Callable[[nn.Module, nn.Module, dict[str, Any]], Stepper]
@@ -225,6 +226,12 @@ _ENTRIES = {
             "extended successive approximations: each layer maximises its own augmented Hamiltonian, by L-BFGS",
             source=lambda: ExtendedMSA,
             build=lambda model, criterion, options: ExtendedMSA(model, **options),
+        ),
+        OptimizerEntry(
+            "snopt",
+            "SNOpt's rule for neural ODEs: EKFAC of one costate column, eigenbases every 100 steps",
+            source=lambda: SNOpt,
+            build=lambda model, criterion, options: SNOpt(model, criterion, **options),
         ),
         _peer("soap", "SOAP of pytorch_optimizer (an optional package)", _soap),
     )

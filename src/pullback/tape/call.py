@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -67,6 +68,24 @@ class Entry:
         self.given: list[tuple[Tensor, int]] = []
 
 
+class Gate(ABC):
+    """Pulls the columns of a factor back through one call all at once.
+
+    For modules whose backward pass is dear and does not take batches of cotangents (an ODE solved backwards in time).
+    Such a module leaves a weak reference to it in its attribute ``_gate``, and the node of its output holds it. Like a
+    call it must never refer to an autograd node.
+
+    Attributes:
+        closed: while True, the module's own backward pass is to return zeros: the sweep goes on from its input.
+    """
+
+    closed: bool = False
+
+    @abstractmethod
+    def pull(self, S: Tensor) -> Tensor:
+        """The factor at the first input tensor, (r, *its shape), from that at the output, (r, *its shape)."""
+
+
 class Call:
     """One call of one module: what went in, and nothing that would keep the graph alive.
 
@@ -82,9 +101,10 @@ class Call:
         outputs: number of tensors it returned.
         entry: when it began, if the recorder listens to entries.
         returned: what it returned, detached, with versions, likewise.
+        gate: pulls columns from its output back to its input, if the module does that itself.
     """
 
-    __slots__ = ("_versions", "args", "entry", "kwargs", "module", "order", "outputs", "returned")
+    __slots__ = ("_versions", "args", "entry", "gate", "kwargs", "module", "order", "outputs", "returned")
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: int) -> None:
         self.module = module
@@ -94,6 +114,7 @@ class Call:
         self.order = next(_clock)
         self.entry: Entry | None = None
         self.returned: list[tuple[Tensor, int]] = []
+        self.gate: Gate | None = None
         self._versions = [t._version for t in args if isinstance(t, Tensor)]
 
     def batch(self) -> int | None:

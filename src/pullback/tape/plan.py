@@ -105,7 +105,7 @@ class Names:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.places: dict[int, list[tuple[str, str]]] = {}
         self.full: dict[int, str] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -176,7 +176,9 @@ def assign(
 
     for key in (k for k in names.full if k in reached):  # in the model's own order
         places = names.places[key]
-        own = [place for place in places if id(names.modules[place[0]]) in usable]
+        # A module that stands at several places of the model is one module all the same.
+        once = {(id(names.modules[owner]), leaf): (owner, leaf) for owner, leaf in reversed(places)}
+        own = [once[k, leaf] for k, leaf in reversed(once) if k in usable]
         if own and key not in forced:
             for owner, leaf in own:
                 give(owner, leaf)

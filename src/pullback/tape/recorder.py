@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,25 @@ from pullback.tape.call import Call, Entry, RootCall
 from pullback.tape.nest import mapped, tensors
 
 _serial = itertools.count()
+
+#: what happens inside a module that no recorder is to hear, by thread: backward passes run in threads of their own
+_inside = threading.local()
+
+
+@contextmanager
+def unheard(listener: object | None = None) -> Iterator[None]:
+    """No hook of this package hears the calls inside but those of one owner: they are a module's private affair.
+
+    Args:
+        listener: a recorder that hears them all the same.
+    """
+    before = getattr(_inside, "ears", None)
+    _inside.ears = (listener,)
+    try:
+        yield
+    finally:
+        _inside.ears = before
+
 
 #: calls a function outside torch.compile; made when that is first loaded, for loading it takes a second
 _untraced: list[Callable[..., Any]] = []
@@ -48,7 +68,10 @@ class Hook:
 
     def _call(self, *args: Any) -> Any:
         owner = None if self._owner is None else self._owner()
-        return None if owner is None else getattr(owner, self._method)(*args)
+        ears = getattr(_inside, "ears", None)
+        if owner is None or (ears is not None and ears[0] is not owner):
+            return None
+        return getattr(owner, self._method)(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(None, self._method)
@@ -233,6 +256,8 @@ class Recorder:
             return None
         output, changed = _apart(output)
         call = Call(module, args, kwargs, len(tensors(output)))
+        waiting = module.__dict__.get("_gate")
+        call.gate = None if waiting is None else waiting()
         if self.wiring == "all":
             self._closes(call, output)
         self._write(call, output)

@@ -22,6 +22,10 @@ from pullback.errors import CoverageError
 Strategy = Literal["loop", "vmap", "fold"]
 
 STRATEGIES: tuple[Strategy, ...] = ("loop", "vmap", "fold")
+#: Seconds after which a way to sweep has been timed for long enough.
+_LONG = 0.05
+#: Columns that the loop is tried on, of more.
+_FEW = 6
 
 
 def loop(z: GradientEdge, edges: Sequence[GradientEdge], S: Tensor) -> list[Tensor]:
@@ -70,21 +74,46 @@ def agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return True
 
 
+def _best(run: Callable[[], object], first: float, repeats: int, leading: float) -> float:
+    """The best of a first run and some more, as far as they are worth their time."""
+    best, spent = first, first
+    for run_before in range(repeats):
+        # What is slow is measured well enough by one run, unless it might lead once it is warm.
+        if spent > _LONG and (run_before or not leading < first < 2 * leading):
+            break
+        start = time.perf_counter()
+        run()
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+    return best
+
+
+def probes(columns: int) -> list[int]:
+    """Which columns of many the loop is tried on: a few from end to end; all where they are few."""
+    if columns <= _FEW:
+        return list(range(columns))
+    return [k * (columns - 1) // (_FEW - 1) for k in range(_FEW)]
+
+
 def choose(
-    candidates: dict[Strategy, Callable[[], list[Tensor]]], repeats: int = 3
+    candidates: dict[Strategy, Callable[[], list[Tensor]]], repeats: int = 3, columns: int = 0
 ) -> tuple[Strategy, list[Tensor], dict[Strategy, float]]:
     """Time the candidates once and take the fastest that agrees with the loop.
 
     Args:
-        candidates: the ways to sweep, ``loop`` among them.
-        repeats: timed runs of each, of which the best counts.
+        candidates: the ways to sweep, ``loop`` among them: that one on the columns :func:`probes` names alone.
+        repeats: timed runs of each, of which the best counts; fewer where they take long, so that a first step is
+            not several times as dear as it need be.
+        columns: how many there are; 0 if the loop takes all of them.
 
     Returns:
-        The chosen name, the loop's factors, and the seconds of each way that was usable.
+        The chosen name, the loop's factors, and the seconds of each way that was usable; those of the loop are
+        extrapolated from the columns it was tried on.
 
     Raises:
         CoverageError: if the loop itself fails.
     """
+    start = time.perf_counter()
     try:
         reference = candidates["loop"]()
     except RuntimeError as error:
@@ -92,17 +121,20 @@ def choose(
             f"The factor could not be pulled back through the model ({error}); if it is compiled, give the "
             "optimizer the original module."
         ) from error
+    picks = probes(columns)
+    share = len(picks) / columns if columns else 1.0
     seconds: dict[Strategy, float] = {}
+    seconds["loop"] = _best(candidates["loop"], time.perf_counter() - start, repeats, 0.0) / share
     for name, run in candidates.items():
+        if name == "loop":
+            continue
         try:
-            if not agree(reference, run()):
+            start = time.perf_counter()
+            found = run()
+            first = time.perf_counter() - start
+            if not agree(reference, found if share == 1 else [part[picks] for part in found]):
                 continue
-            best = float("inf")
-            for _ in range(repeats):
-                start = time.perf_counter()
-                run()
-                best = min(best, time.perf_counter() - start)
-            seconds[name] = best
+            seconds[name] = _best(run, first, repeats, min(seconds.values()))
         except RuntimeError:
             # No batching rule, or a model that cannot take a larger batch: the loop always can.
             continue

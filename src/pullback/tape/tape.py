@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pullback.errors import CoverageError, MetricError
+from pullback.errors import CoverageError, MetricError, PullbackError
 from pullback.metric import Criteria, Heads, Metrics, cell_weights, resolve_all
 from pullback.tape import sweep
-from pullback.tape.call import region_of, wide, without_autocast
+from pullback.tape.call import Gate, region_of, wide, without_autocast
 from pullback.tape.checks import NotFiniteError, missed, mixed_calls, refuse_mixing
 from pullback.tape.fold import can_fold, folded
+from pullback.tape.gates import gates_of, through
 from pullback.tape.graph import Reached, path_to, reach
 from pullback.tape.memory import Room, Sizes, memory_budget
 from pullback.tape.nest import mapped, tensors
 from pullback.tape.plan import Names, Plan, Unit, assign, formed, usable_calls
 from pullback.tape.ports import ports_of
+from pullback.tape.prior import priors_of
 from pullback.tape.recorder import Hook, Recorder, Wiring
 from pullback.tape.structure import samples, structure
 from pullback.tape.term import LossUse, Term, gather
@@ -53,7 +55,6 @@ class Tape:
         losses: every criterion with its metric.
         metric: the metric, or the metrics of several criteria.
         strays: why parameters were given no rows, by id.
-        terms: the swept uses of the loss since :meth:`clear`, in order of backward.
         finite: False if a use could not be swept because its numbers are not finite.
     """
 
@@ -83,7 +84,9 @@ class Tape:
         self._lenient = lenient
         self.memory = memory
         self.strategy = strategy
-        self.terms: list[Term] = []
+        self._uses: list[Term] = []
+        self._priors: list[Term] = []
+        self._prior_plans: dict[tuple[int, int], Plan] = {}
         self.finite = True
         self.plans: dict[Any, Plan] = {}
         self.recorder = Recorder(model, batch_norm == "frozen", wiring)
@@ -98,9 +101,14 @@ class Tape:
                 self.recorder.hold(one.register_forward_pre_hook(pre, with_kwargs=True))
                 self.recorder.hold(one.register_forward_hook(post, with_kwargs=True))
 
+    @property
+    def terms(self) -> list[Term]:
+        """The swept uses of the loss since :meth:`clear`, in order of backward; after them the costs of parameters."""
+        return [*self._uses, *self._priors]
+
     def clear(self) -> None:
         """Forget the terms."""
-        self.terms = []
+        self._uses, self._priors = [], []
         self.finite = True
 
     def close(self) -> None:
@@ -189,7 +197,9 @@ class Tape:
             with self.recorder.paused(), torch.no_grad(), without_autocast(use.z.device.type):
                 found = reach(use.edge, self.recorder.key)
                 if found.calls:  # else the criterion was lent to another model
-                    self.terms.append(self._pull_back(use, found, costate))
+                    term = self._pull_back(use, found, costate)
+                    self._priors += priors_of(term, self._priors, self._prior_plans)
+                    self._uses.append(term)
         except NotFiniteError:
             self.finite = False
         finally:
@@ -226,7 +236,7 @@ class Tape:
         every, found = found, found.only(plan.modules)
         between = [] if plan.wires is None else plan.wires.edges(every)
         strategy = self._room().affordable(plan.sizes, S, N, plan.strategy, self.strategy == "auto")
-        columns = self._columns(strategy, use, found, S.to(use.z.dtype), between)
+        columns = self._columns(strategy, use, found, S.to(use.z.dtype), between, gates_of(every))
         return Term(
             use=use,
             exact=metric.exact,
@@ -242,7 +252,13 @@ class Tape:
         )
 
     def _columns(
-        self, strategy: str, use: LossUse, found: Reached, S: Tensor, between: Sequence[GradientEdge] = ()
+        self,
+        strategy: str,
+        use: LossUse,
+        found: Reached,
+        S: Tensor,
+        between: Sequence[GradientEdge] = (),
+        gates: Sequence[tuple[Gate, GradientEdge]] = (),
     ) -> list[Tensor]:
         if strategy == "fold":
             model = self._model()
@@ -250,7 +266,11 @@ class Tape:
             return folded(model, self.recorder, use, found, S)
         way = sweep.vmap if strategy == "vmap" else sweep.loop
         try:
+            if gates:
+                return through(way, use.edge, [*found.edges, *between], S, gates)
             return way(use.edge, [*found.edges, *between], S)
+        except PullbackError:
+            raise
         except RuntimeError as error:
             for (call, _), reached in zip(found.flat, sweep.connected(use.edge, found.edges, S[0]), strict=True):
                 if not reached:
@@ -264,7 +284,7 @@ class Tape:
 
     def _room(self) -> Room:
         budget = memory_budget() if self.memory is None else self.memory
-        return Room(budget, sum(term.held for term in self.terms))
+        return Room(budget, sum(term.held for term in self._uses))
 
     def _sized(
         self, units: list[Unit], use: LossUse, found: Reached, S: Tensor, N: int, wires: Wires | None = None
@@ -307,22 +327,25 @@ class Tape:
         wiring = self.recorder.wiring
         wires = None if wiring == "none" else wires_of(use, found, N, {id(unit.module) for unit in units})
         plan = self._sized(units, use, found, S, N, wires)
+        gates = gates_of(found)
         found = found.only(plan.modules)
         if self.strategy == "auto":
             room = self._room()
+            columns = S.shape[0]
+            tried = {"loop": S[sweep.probes(columns)]}
             candidates: dict[sweep.Strategy, Callable[[], list[Tensor]]] = {
-                name: (lambda name=name: self._columns(name, use, found, S))  # type: ignore[misc]
+                name: (lambda name=name: self._columns(name, use, found, tried.get(name, S), (), gates))  # type: ignore[misc]
                 for name in sweep.STRATEGIES
                 if name == "loop" or (room.spare(plan.sizes, S, N, name) and (
-                    name != "fold" or (wiring == "none" and can_fold(use, found, self._model(), N))))
+                    name != "fold" or (wiring == "none" and not gates and can_fold(use, found, self._model(), N))))
             }  # fmt: skip
-            if S.shape[0] > 1:
-                plan.strategy, _, plan.seconds = sweep.choose(candidates)
+            if columns > 1:
+                plan.strategy, _, plan.seconds = sweep.choose(candidates, columns=columns)
         else:
             plan.strategy = self.strategy  # type: ignore[assignment]
-            if plan.strategy == "fold" and (wiring != "none" or not can_fold(use, found, self._model(), N)):
+            if plan.strategy == "fold" and (wiring != "none" or gates or not can_fold(use, found, self._model(), N)):
                 raise CoverageError(
                     "sweep='fold' needs one deterministic call of the model per loss, with the loss taken of "
-                    "its output, and no feedback; use 'loop'."
+                    "its output, no feedback, and no module solved by its adjoint; use 'loop'."
                 )
         return plan

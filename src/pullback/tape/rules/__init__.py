@@ -48,6 +48,7 @@ class Kind:
         axis: axis of the samples in an output, from its index.
         dense: whether it forms its rows one by one.
         inner: names of parameters of its children, never called as modules, that the rule gives rows too.
+        whole: whether the rule gives rows to every parameter inside the module, whatever it is called.
     """
 
     layer: type[nn.Module]
@@ -58,10 +59,11 @@ class Kind:
     axis: Callable[[nn.Module, int], int] = _first
     dense: bool = False
     inner: frozenset[str] = frozenset()
+    whole: bool = False
 
     def gives(self, wanted: Iterable[str]) -> bool:
         """Whether the rule gives rows to all these parameters, named relative to the module."""
-        return all("." not in name or name in self.inner for name in wanted)
+        return self.whole or all("." not in name or name in self.inner for name in wanted)
 
 
 def _plain_table(module: Any) -> bool:
@@ -97,6 +99,11 @@ RULES: list[Kind] = [
 ]
 
 
+def register(kind: Kind) -> None:
+    """Add a kind from a package that stands above the tape; it is asked before those known so far."""
+    RULES.insert(0, kind)
+
+
 def find_rule(module: nn.Module) -> Kind | None:
     """The special rule for a module; None if the generic one must do.
 
@@ -105,7 +112,7 @@ def find_rule(module: nn.Module) -> Kind | None:
     """
     for kind in RULES:
         if isinstance(module, kind.layer) and type(module).forward is kind.layer.forward and kind.fits(module):
-            return kind if _holds_its_own(module) else None
+            return kind if kind.whole or _holds_its_own(module) else None
     return None
 
 
@@ -127,4 +134,4 @@ def _declared(names: tuple[str, ...]) -> bool:
     return all(_DECLARED.fullmatch(name) for name in names) and any("weight" in name for name in names)
 
 
-__all__ = ["DenseRows", "Kind", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows", "sample_axis"]
+__all__ = ["DenseRows", "Kind", "OuterRows", "Rows", "Rule", "find_rule", "generic_rows", "register", "sample_axis"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pullback.errors import CoverageError
 from pullback.tape.call import Call, CallFactor, wide
+from pullback.tape.functional import called, places_of
 from pullback.tape.nest import rebuilt, tensors
 from pullback.tape.rules.base import CHUNK_NUMBERS, DenseRows
 
@@ -56,20 +56,22 @@ class _Sliced:
         tree: positional and keyword arguments.
         leaves: the tensors in it, detached.
         batched: which of them have the samples along their first axis.
+        places: every place of the wanted parameters in the module.
     """
 
     tree: tuple[tuple[Any, ...], dict[str, Any]]
     leaves: list[Tensor]
     batched: list[bool]
+    places: dict[str, str]
 
     @classmethod
-    def of(cls, call: Call, N: int) -> _Sliced:
+    def of(cls, call: Call, N: int, places: dict[str, str]) -> _Sliced:
         """Read it off a call of N samples."""
         tree = (call.args, dict(call.kwargs))
         shared = _shared(call)
         leaves = tensors(tree)
         batched = [t.ndim > 0 and t.shape[0] == N and t is not shared for t in leaves]
-        return cls(tree, [wide(t.detach()) for t in leaves], batched)
+        return cls(tree, [wide(t.detach()) for t in leaves], batched, places)
 
     def samples(self) -> list[Tensor]:
         """The tensors that have samples."""
@@ -80,7 +82,7 @@ class _Sliced:
         following = iter(sample)
         values = [next(following)[None] if b else t for t, b in zip(self.leaves, self.batched, strict=True)]
         args, kwargs = rebuilt(self.tree, values)
-        return tensors(functional_call(module, params, args, kwargs))
+        return tensors(called(module, self.places, params, args, kwargs))
 
 
 def _shared(call: Call) -> Tensor | None:
@@ -93,7 +95,7 @@ def _shared(call: Call) -> Tensor | None:
 
 def _rows_of_call(module: nn.Module, call: CallFactor, params: dict[str, nn.Parameter], N: int) -> Tensor:
     """Rows (r, N, n) by vmap over samples, or one by one."""
-    inputs = _Sliced.of(call.call, N)
+    inputs = _Sliced.of(call.call, N, places_of(module, params))
     own = {name: p.detach() for name, p in params.items()}
     reached = [(k, part.transpose(0, 1)) for k, part in enumerate(call.parts) if part is not None]
     cotangents = [part for _, part in reached]  # (N, r, ...)

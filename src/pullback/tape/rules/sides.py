@@ -4,6 +4,10 @@ r"""The two sides of rows that are sums of outer products: what Kronecker factor
 
 In the weight's own layout one side leads (``left``) and one follows (``right``); one of them is the factor that was
 pulled back, the other what the layer was given. Only rules whose rows have this form have sides.
+
+Positions may be nodes of a quadrature in time, rows :math:`\int \ell(t) \otimes r(t)\,dt`. Time points next to each
+other are no independent samples, so their moments are :math:`\int r r^\top dt` and :math:`\int \ell \ell^\top dt`
+(theory 7; what adds up over positions taken for samples would fall with their number).
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ class Sides:
         factor_left: whether the factor is the left side.
         entries: d, entries of a given vector.
         lengths: how many of the P positions each group has, where they differ; those behind are zeros. None for all.
+        times: weight of every position's node in a quadrature in time, shape (P,); None where positions just add up.
+        nodes: number of these nodes.
     """
 
     weight: nn.Parameter
@@ -41,6 +47,8 @@ class Sides:
     factor_left: bool
     entries: int
     lengths: tuple[int, ...] | None = None
+    times: Tensor | None = None
+    nodes: int = 1
 
     @property
     def table(self) -> bool:
@@ -60,9 +68,24 @@ class Sides:
             ones *= torch.arange(x.shape[2], device=x.device)[:, None] < lengths[:, None, None, None]
         return torch.cat([x, ones], 3)
 
+    def spread_given(self) -> Tensor:
+        """Given vectors whose mean square over positions is their moment, shape (G, N, P, d or d + 1)."""
+        x = self.given_vectors()
+        return x if self.times is None else x * (self.times * self.nodes).sqrt()[:, None]
+
+    def spread_factor(self) -> Tensor:
+        """Factors whose squares, summed over positions, are their moment, shape (G, r, N, P, d')."""
+        return self.factor if self.times is None else self.factor * self.times.sqrt()[:, None]
+
+    def summed_factor(self) -> Tensor:
+        """Factors summed over positions (integrated over time), shape (G, r, N, d')."""
+        return self.factor.sum(3) if self.times is None else (self.factor * self.times[:, None]).sum(3)
+
     def averaged_vectors(self) -> Tensor:
         """Their mean over positions, shape (G, N, d or d + 1)."""
         x = self.given_vectors()
+        if self.times is not None:
+            return (x * self.times[:, None]).sum(2) / self.times.sum()
         return x.mean(2) if self.lengths is None else x.sum(2) / self.counted
 
     @property
@@ -75,6 +98,8 @@ class Sides:
     def rows(self) -> Tensor:
         """Rows in the layout of the weight with its bias, shape (r, N, G, left, right); formed one by one."""
         x, s = self.given_vectors(), self.factor
+        if self.times is not None:
+            s = s * self.times[:, None]
         if self.factor_left:
             return torch.einsum("ganpo,gnpi->angoi", s, x)
         return torch.einsum("gnpi,ganpo->angio", x, s)
