@@ -72,6 +72,8 @@ def test_problems() -> None:
     assert load_flow_problem("digits-regression:rows=50").inputs.shape == (50, 16)
     with pytest.raises(SpecError, match="pool must be 1, 2 or 4, got 3"):
         load_flow_problem("digits-regression:pool=3")
+    with pytest.raises(SpecError, match=r"called 'rank-los'\. Did you mean 'rank-loss'"):
+        load_flow_problem("rank-los")
     with pytest.raises(SpecError, match="no option 'row'"):
         load_flow_problem("concrete:row=3")
     with pytest.raises(DataError):

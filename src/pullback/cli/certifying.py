@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from pathlib import Path
-from types import TracebackType
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
 from pullback.certification import Certificate, Settings, certify
+from pullback.cli.progress import Bar
 from pullback.cli.reporting import stderr, stdout
 from pullback.errors import PullbackError
 from pullback.plotting import require_matplotlib, save_certificate
 from pullback.problems import SpecError, load_problem
 from pullback.problems.options import parse_value
-
-_INTERVAL = 0.1
 
 
 def parse_sizes(text: str | None) -> tuple[int, ...] | None:
@@ -44,36 +38,16 @@ def parse_sizes(text: str | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-class PhasesBar:
-    """A progress bar by phase; a context, and the observer that a certificate calls.
-
-    Nothing is shown on a console that is no terminal.
+class PhasesBar(Bar):
+    """A progress bar by phase; the observer that a certificate calls.
 
     Args:
         console: Where to draw.
     """
 
     def __init__(self, console: Console) -> None:
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
+        super().__init__(console, remaining=False)
         self._phase = ""
-        self._drawn = -math.inf
-
-    def __enter__(self) -> PhasesBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, phase: str, share: float, about: str) -> None:
         """Takes note of progress.
@@ -83,14 +57,9 @@ class PhasesBar:
             share: The part of it that is done.
             about: A few words.
         """
-        now = time.monotonic()
-        if phase == self._phase and now - self._drawn < _INTERVAL:
-            return
-        self._phase, self._drawn = phase, now
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0)
-        self._bar.update(self._task, completed=share, description=f"{phase} {about}".strip())
+        if phase != self._phase or self.due():
+            self._phase = phase
+            self.show(share, f"{phase} {about}".strip())
 
 
 def run_certify(

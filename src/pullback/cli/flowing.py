@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from pullback.cli.progress import Bar
 from pullback.cli.render import number
 from pullback.cli.reporting import stderr, stdout
 from pullback.errors import PullbackError
@@ -25,7 +22,6 @@ from pullback.flow.problems import FlowProblem, load_flow_problem
 from pullback.plotting import require_matplotlib, save_flow
 from pullback.problems import SpecError, machine, measuring
 
-_INTERVAL = 0.1
 _BY = {"cholesky": "Cholesky", "qr": "QR", "truncated": "singular values", "lsmr": "LSMR"}
 #: Most seconds of a run to which no stopping time is promised.
 _SECONDS = 60.0
@@ -44,36 +40,15 @@ class Wanted:
     seconds: float | None
 
 
-class FlowBar:
-    """A progress bar in s/T that shows the smallest singular value; a context, and the observer a run calls.
-
-    Nothing is shown on a console that is no terminal.
+class FlowBar(Bar):
+    """A progress bar in s/T that shows the smallest singular value; the observer a run calls.
 
     Args:
         console: Where to draw.
     """
 
     def __init__(self, console: Console) -> None:
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("s/T {task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._drawn = -math.inf
-
-    def __enter__(self) -> FlowBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__(console, share="s/T {task.percentage:>3.0f}%")
 
     def __call__(self, share: float, smallest: float | None) -> None:
         """Takes note of a point.
@@ -82,15 +57,8 @@ class FlowBar:
             share: Of the time of the run.
             smallest: The smallest singular value of D, if it is watched.
         """
-        now = time.monotonic()
-        if now - self._drawn < _INTERVAL:
-            return
-        self._drawn = now
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0)
-        about = "" if smallest is None else f"smallest singular value {smallest:.2e}"
-        self._bar.update(self._task, completed=min(share, 1.0), description=about)
+        if self.due():
+            self.show(share, "" if smallest is None else f"smallest singular value {smallest:.2e}")
 
 
 def run_flow(

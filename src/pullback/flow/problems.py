@@ -20,7 +20,7 @@ from pullback.problems.models import mlp, seeded
 from pullback.problems.options import Value, check_options, parse_spec
 from pullback.problems.preparation import at_least, data_generator, standardise
 from pullback.problems.problem_file import is_file_spec
-from pullback.problems.registry import load_problem
+from pullback.problems.registry import entries, load_problem
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,9 @@ def load_flow_problem(text: str, data: str | Path | None = None) -> FlowProblem:
         name, options = parse_spec(text)
         if name in FLOW_PROBLEMS:
             return _make(text, name, options, folder)
+        names = {*FLOW_PROBLEMS, *(entry.name for entry in entries())}
+        if name not in names:
+            raise SpecError(f"there is no problem called {name!r}.{nearest(name, names)}")
     problem = load_problem(text, folder)
     x, y = problem.train
     x = x.double() if x.is_floating_point() else x

@@ -6,9 +6,9 @@ Needs the extra ``plotting``; matplotlib is imported when something is drawn.
 from pullback.plotting.certificates import plot_pairs, plot_rates, save_certificate
 from pullback.plotting.flows import plot_flow, save_flow
 from pullback.plotting.losses import plot_loss, save_plot
-from pullback.plotting.ode import plot_density, plot_times, plot_trajectories, save_figure
+from pullback.plotting.ode import plot_density, plot_times, plot_trajectories
 from pullback.plotting.stability import plot_action, plot_twins, save_action, save_twins
-from pullback.plotting.style import require_matplotlib
+from pullback.plotting.style import require_matplotlib, save_figure
 from pullback.plotting.sweeps import plot_sweep, save_sweep
 
 __all__ = [

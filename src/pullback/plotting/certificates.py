@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pullback.plotting.stability import save_action, save_twins
-from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib
+from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,12 +166,12 @@ def save_certificate(found: Certificate, folder: str | Path) -> list[Path]:
     folder, title, kept = Path(folder), f"{found.problem}, {found.spec.label}", []
     if found.ends:
         kept.append(folder / "rates.png")
-        plot_rates(found, title).savefig(kept[-1], dpi=160)
+        save_figure(plot_rates(found, title), kept[-1])
     if found.reports:
         kept.append(folder / "twins.png")
         scaling = as_scaling(found.reports)
         if scaling is None:
-            plot_pairs(found.reports[-1], title).savefig(kept[-1], dpi=160)
+            save_figure(plot_pairs(found.reports[-1], title), kept[-1])
         else:
             save_twins(scaling, kept[-1], title)
     if found.path.actions:

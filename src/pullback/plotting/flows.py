@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pullback.plotting.style import COLOURS, STYLE, require_matplotlib
+from pullback.plotting.style import COLOURS, STYLE, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,9 +66,7 @@ def save_flow(run: FlowRun, path: str | Path, title: str) -> Path:
         MissingExtraError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
-    path = Path(path)
-    plot_flow(run, title).savefig(path, dpi=160)
-    return path
+    return save_figure(plot_flow(run, title), path)
 
 
 def _draw_cost(ax: Axes, run: FlowRun) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib
+from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib, save_figure
 from pullback.problems.record import INTERRUPTED, Comparison, Run
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def save_plot(result: Comparison, path: str | Path) -> Path:
         MissingExtraError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
-    path = Path(path)
-    plot_loss(result).savefig(path, dpi=160)
-    return path
+    return save_figure(plot_loss(result), path)
 
 
 @dataclass(frozen=True)

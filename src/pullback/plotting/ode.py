@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,24 +123,6 @@ def plot_times(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         ax.set_xlim(left=0)
     axes[0].legend(frameon=False)
     return figure
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure into a file.
-
-    Args:
-        figure: Of one of the functions here.
-        path: The file; its folder exists, its suffix decides the format.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    path = Path(path)
-    figure.savefig(path, dpi=160)
-    return path
 
 
 def _panels(count: int, width: float = 6.4) -> tuple[Figure, list[Axes]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pullback.plotting.style import COLOURS, STYLE, require_matplotlib
+from pullback.plotting.style import COLOURS, STYLE, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,9 +155,7 @@ def save_twins(scaling: Scaling, path: str | Path, title: str) -> Path:
         MissingExtraError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
-    path = Path(path)
-    plot_twins(scaling, title).savefig(path, dpi=160)
-    return path
+    return save_figure(plot_twins(scaling, title), path)
 
 
 def save_action(steps: Sequence[Action], path: str | Path, title: str) -> Path:
@@ -176,6 +174,4 @@ def save_action(steps: Sequence[Action], path: str | Path, title: str) -> Path:
         OSError: If the file cannot be written.
         ValueError: If there is no step.
     """
-    path = Path(path)
-    plot_action(steps, title).savefig(path, dpi=160)
-    return path
+    return save_figure(plot_action(steps, title), path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib
+from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib, save_figure
 from pullback.problems.grid import Grid
 from pullback.problems.options import Value, format_value
 from pullback.problems.sweep import Cell, Sweep, best_of
@@ -79,7 +79,7 @@ def save_sweep(result: Sweep, folder: str | Path) -> list[Path]:
     """
     figures = {Path(folder) / f"sweep-{name}.png": figure for name, figure in plot_sweep(result).items()}
     for path, figure in figures.items():
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path)
     return list(figures)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,7 @@ from pullback.problems.registry import register
 
 _FOLDER = "ts_classification"
 _TARGETS = (0.3, 0.1, 0.03)
-
-
-def _remedy(file: str) -> str:
-    return (
-        f"put {file} of the UEA and UCR archive (timeseriesclassification.com), as arrays X_train, y_train, X_test, "
-        f"y_test of shapes (N, channels, length) and (N,), in DATA/{_FOLDER}."
-    )
-
-
-@register("japanese-vowels")
-def japanese_vowels(
-    *,
-    cosines: int = 8,
-    hidden: int = 16,
-    width: int = 32,
-    pace: float = 4.0,
-    batch_size: int | None = 64,
-    solver: str = "rk4",
-    steps: int = 8,
-    tolerance: float = 1e-3,
-    adjoint: bool = False,
-    data: Path | None = None,
-) -> Problem:
-    """JapaneseVowels, 9 speakers from 12 channels of 7 to 29 values: driven neural ODE, mini-batches.
-
+_OPTIONS = """
     Args:
         cosines: Of the path, for each channel.
         hidden: Numbers of the state.
@@ -66,193 +43,83 @@ def japanese_vowels(
         SpecError: If an option makes no sense.
         MissingExtraError: If numpy is not installed.
     """
-    return _classes(
-        "japanese-vowels",
-        "JapaneseVowels",
-        data,
-        cosines,
-        hidden,
-        width,
-        pace,
-        batch_size,
-        solver,
-        steps,
-        tolerance,
-        adjoint,
+
+
+def _remedy(file: str) -> str:
+    return (
+        f"put {file} of the UEA and UCR archive (timeseriesclassification.com), as arrays X_train, y_train, X_test, "
+        f"y_test of shapes (N, channels, length) and (N,), in DATA/{_FOLDER}."
     )
 
 
-@register("articulary-words")
-def articulary_words(
-    *,
-    cosines: int = 12,
-    hidden: int = 24,
-    width: int = 48,
-    pace: float = 4.0,
-    batch_size: int | None = 64,
-    solver: str = "rk4",
-    steps: int = 10,
-    tolerance: float = 1e-3,
-    adjoint: bool = False,
-    data: Path | None = None,
-) -> Problem:
-    """ArticularyWordRecognition, words from 9 channels of 144 values, 25 classes: driven neural ODE, mini-batches.
+def _set(
+    name: str, file: str, about: str, cosines: int, hidden: int, width: int, batch_size: int | None, steps: int
+) -> Callable[..., Problem]:
+    """Registers one set; the arguments behind the words are the defaults of its options."""
+    size = batch_size
 
-    Args:
-        cosines: Of the path, for each channel.
-        hidden: Numbers of the state.
-        width: Hidden width of the field.
-        pace: Factor on the field.
-        batch_size: Rows per step, or None for all.
-        solver: Method of torchdiffeq.
-        steps: Steps of a solver of fixed ones.
-        tolerance: Relative tolerance of an adaptive solver.
-        adjoint: Whether gradients are solved backwards in time; few steps are quicker without.
-        data: Folder that contains ``ts_classification/``, or None for the environment variable PULLBACK_DATA.
+    @register(name)
+    def problem(
+        *,
+        cosines: int = cosines,
+        hidden: int = hidden,
+        width: int = width,
+        pace: float = 4.0,
+        batch_size: int | None = size,
+        solver: str = "rk4",
+        steps: int = steps,
+        tolerance: float = 1e-3,
+        adjoint: bool = False,
+        data: Path | None = None,
+    ) -> Problem:
+        for option, value in (("cosines", cosines), ("hidden", hidden), ("width", width)):
+            at_least(name, option, value)
+        remedy = _remedy(f"{file}.npz")
+        (x, y), test = _read(data_folder(name, data, remedy) / _FOLDER / f"{file}.npz", cosines, remedy)
+        channels, classes = x.shape[1], int(y.max()) + 1
 
-    Returns:
-        The problem, as for ``japanese-vowels``.
+        def model() -> nn.Module:
+            field = DrivenField(hidden, channels, width, pace)
+            block = ode_block(name, field, solver, tolerance, adjoint=adjoint, steps=steps)
+            return Driven(nn.Linear(channels, hidden), block, nn.Linear(hidden, classes))
 
-    Raises:
-        DataError: If the data folder or the file is missing or damaged.
-        SpecError: If an option makes no sense.
-        MissingExtraError: If numpy is not installed.
-    """
-    return _classes(
-        "articulary-words", "ArticularyWordRecognition", data, cosines, hidden, width, pace, batch_size, solver, steps,
-        tolerance, adjoint,
-    )  # fmt: skip
+        return Problem(
+            name=name,
+            make_model=seeded(model),
+            train=(x, y),
+            test=test,
+            criterion=nn.CrossEntropyLoss(),
+            batch_size=batch_size,
+            targets=_TARGETS,
+            description=f"{file}, driven neural ODE, cross-entropy",
+        )
 
-
-@register("italy-power")
-def italy_power(
-    *,
-    cosines: int = 12,
-    hidden: int = 6,
-    width: int = 12,
-    pace: float = 4.0,
-    batch_size: int | None = None,
-    solver: str = "rk4",
-    steps: int = 10,
-    tolerance: float = 1e-3,
-    adjoint: bool = False,
-    data: Path | None = None,
-) -> Problem:
-    """ItalyPowerDemand, the half of the year from 24 values, 2 classes: driven neural ODE, full batch.
-
-    Args:
-        cosines: Of the path, for each channel.
-        hidden: Numbers of the state.
-        width: Hidden width of the field.
-        pace: Factor on the field.
-        batch_size: Rows per step, or None for all.
-        solver: Method of torchdiffeq.
-        steps: Steps of a solver of fixed ones.
-        tolerance: Relative tolerance of an adaptive solver.
-        adjoint: Whether gradients are solved backwards in time; few steps are quicker without.
-        data: Folder that contains ``ts_classification/``, or None for the environment variable PULLBACK_DATA.
-
-    Returns:
-        The problem, as for ``japanese-vowels``.
-
-    Raises:
-        DataError: If the data folder or the file is missing or damaged.
-        SpecError: If an option makes no sense.
-        MissingExtraError: If numpy is not installed.
-    """
-    return _classes(
-        "italy-power",
-        "ItalyPowerDemand",
-        data,
-        cosines,
-        hidden,
-        width,
-        pace,
-        batch_size,
-        solver,
-        steps,
-        tolerance,
-        adjoint,
-    )
+    problem.__doc__ = f"""{about}: driven neural ODE, {"full batch" if size is None else "mini-batches"}.
+{_OPTIONS}"""
+    return problem
 
 
-@register("arrow-head")
-def arrow_head(
-    *,
-    cosines: int = 24,
-    hidden: int = 8,
-    width: int = 16,
-    pace: float = 4.0,
-    batch_size: int | None = None,
-    solver: str = "rk4",
-    steps: int = 16,
-    tolerance: float = 1e-3,
-    adjoint: bool = False,
-    data: Path | None = None,
-) -> Problem:
-    """ArrowHead, kinds of arrow from outlines of 251 values, 3 classes: driven neural ODE, full batch.
-
-    Args:
-        cosines: Of the path, for each channel.
-        hidden: Numbers of the state.
-        width: Hidden width of the field.
-        pace: Factor on the field.
-        batch_size: Rows per step, or None for all.
-        solver: Method of torchdiffeq.
-        steps: Steps of a solver of fixed ones.
-        tolerance: Relative tolerance of an adaptive solver.
-        adjoint: Whether gradients are solved backwards in time; few steps are quicker without.
-        data: Folder that contains ``ts_classification/``, or None for the environment variable PULLBACK_DATA.
-
-    Returns:
-        The problem, as for ``japanese-vowels``.
-
-    Raises:
-        DataError: If the data folder or the file is missing or damaged.
-        SpecError: If an option makes no sense.
-        MissingExtraError: If numpy is not installed.
-    """
-    return _classes(
-        "arrow-head", "ArrowHead", data, cosines, hidden, width, pace, batch_size, solver, steps, tolerance, adjoint
-    )
-
-
-def _classes(
-    name: str,
-    set_name: str,
-    data: Path | None,
-    count: int,
-    hidden: int,
-    width: int,
-    pace: float,
-    batch_size: int | None,
-    solver: str,
-    steps: int,
-    tolerance: float,
-    adjoint: bool,
-) -> Problem:
-    for option, value in (("cosines", count), ("hidden", hidden), ("width", width)):
-        at_least(name, option, value)
-    remedy = _remedy(f"{set_name}.npz")
-    (x, y), (x_test, y_test) = _read(data_folder(name, data, remedy) / _FOLDER / f"{set_name}.npz", count, remedy)
-
-    channels, classes = x.shape[1], int(y.max()) + 1
-
-    def model() -> nn.Module:
-        field = DrivenField(hidden, channels, width, pace)
-        block = ode_block(name, field, solver, tolerance, adjoint=adjoint, steps=steps)
-        return Driven(nn.Linear(channels, hidden), block, nn.Linear(hidden, classes))
-
-    return Problem(
-        name=name,
-        make_model=seeded(model),
-        train=(x, y),
-        test=(x_test, y_test),
-        criterion=nn.CrossEntropyLoss(),
-        batch_size=batch_size,
-        targets=_TARGETS,
-        description=f"{set_name}, driven neural ODE, cross-entropy",
-    )
+japanese_vowels = _set(
+    "japanese-vowels",
+    "JapaneseVowels",
+    "JapaneseVowels, 9 speakers from 12 channels of 7 to 29 values",
+    8,
+    16,
+    32,
+    64,
+    8,
+)
+articulary_words = _set(
+    "articulary-words", "ArticularyWordRecognition",
+    "ArticularyWordRecognition, words from 9 channels of 144 values, 25 classes", 12, 24, 48, 64, 10,
+)  # fmt: skip
+italy_power = _set(
+    "italy-power", "ItalyPowerDemand",
+    "ItalyPowerDemand, the half of the year from 24 values, 2 classes", 12, 6, 12, None, 10,
+)  # fmt: skip
+arrow_head = _set(
+    "arrow-head", "ArrowHead", "ArrowHead, kinds of arrow from outlines of 251 values, 3 classes", 24, 8, 16, None, 16
+)
 
 
 def _read(path: Path, count: int, remedy: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
