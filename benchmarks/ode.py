@@ -3,16 +3,20 @@
 Adam, SGD with momentum 0.9 and SNOpt's rule take the best of four rates, by the training loss after ``limit`` processor
 seconds on a seed of its own; then all methods run on three other seeds, turn by turn. The level is the median of the
 losses that Adam has after ``limit`` seconds. A run ends at the level or after ``limit`` seconds (Adam's go on to the
-end), and reaching no level counts as later than all; a run whose ODE cannot be solved ends there. The test score is
-that at the level, of Adam that at its end. One thread; evaluations and a first step on a throw-away copy are not
-counted.
+end), and reaching no level counts as later than all; a run whose ODE cannot be solved any more ends there. The test
+score is that at the level, of Adam that at its end. One thread; evaluations and a first step on a throw-away copy are
+not counted. Where a race has a ridge c, the loss that all minimise and reach is that of the problem and c/2 |w|^2.
 
 ``times``: evaluations of the field in the forward pass, over the last third of the steps, with the integration time
 fixed at 1 and with it learned under a quadratic penalty, same optimizer, seeds and steps.
 
+``rules``: who solves for a learned time: nobody, its module alone (open loop), all jointly, or the time in answer to
+what the step in the field really did (feedback). Same problem, seeds and steps.
+
 On two shared cores about half an hour:
 
-    PULLBACK_DATA=DATA python benchmarks/ode.py [--races spirals,...] [--times digits-ode,...] [--out FILE]
+    PULLBACK_DATA=DATA python benchmarks/ode.py [--races spirals,...] [--times digits-ode,...]
+        [--no-rules] [--out FILE]
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ SEEDS, TUNING = (0, 1, 2), 100
 #: Of every run.
 KEPT = ("seed", "steps", "seconds", "last", "test", "failure")
 SMALL = ("gauss-newton", "feedback")
-LARGE = ("kronecker",)
+LARGE = ("kronecker", "kronecker:form=ekfac")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Race:
         every: Steps between readings.
         adam, sgd, snopt: Rates to choose from.
         lbfgs: Whether L-BFGS runs too: full batch, no random numbers.
+        ridge: c of a cost c/2 |w|^2 that all minimise with the loss.
     """
 
     problem: str
@@ -65,37 +70,58 @@ class Race:
     sgd: tuple[str, ...] = ("3e-3", "1e-2", "3e-2", "1e-1")
     snopt: tuple[str, ...] = ("1e-3", "3e-3", "1e-2", "3e-2")
     lbfgs: bool = True
+    ridge: float = 0.0
 
 
 RACES = {
     "lynx-hare": Race("lynx-hare", 5.0, adam=("3e-2", "1e-1", "2e-1", "3e-1")),
     "lynx-hare-neural": Race("lynx-hare:field=neural,ahead=5,solver=dopri5", 5.0),
     "spirals": Race("spirals", 5.0),
-    "circles": Race("circles", 8.0),
-    "moons": Race("moons", 8.0),
-    "italy-power": Race("italy-power", 3.0),
+    "circles": Race("circles", 12.0),
+    "moons": Race("moons", 12.0),
+    "italy-power": Race("italy-power", 4.0, ridge=1e-2),
     "japanese-vowels": Race("japanese-vowels", 3.0, LARGE, 4, adam=("3e-3", "1e-2", "2e-2", "3e-2"), lbfgs=False),
+    "japanese-vowels-cde": Race(
+        "japanese-vowels:field=cde", 3.0, LARGE, 4, adam=("3e-3", "1e-2", "2e-2", "3e-2"), lbfgs=False
+    ),
     "articulary-words": Race("articulary-words", 4.0, LARGE, 5, adam=("3e-3", "1e-2", "2e-2", "3e-2"), lbfgs=False),
-    "arrow-head": Race("arrow-head", 3.0),
+    "arrow-head": Race("arrow-head", 4.0, ridge=1e-2),
     "digits-ode": Race("digits-ode", 4.0, LARGE, 6, lbfgs=False),
     "miniboone": Race("miniboone", 5.0, LARGE, 6, adam=("1e-3", "3e-3", "1e-2", "3e-2"), lbfgs=False),
     "sunspots": Race("sunspots", 5.0),
+    "sunspots-irregular": Race("sunspots:model=ode-rnn,missing=0.5", 8.0),
 }
 #: Name: problem with the time fixed, what learns it, optimizer, steps.
 TIMES = {
     "digits-ode": ("digits-ode:solver=dopri5,tolerance=1e-4", "learn_t1=true", "kronecker", 150),
-    "circles": ("circles", "learn_t1=true", "feedback", 60),
+    "circles": ("circles", "learn_t1=true,penalty=0.1", "feedback", 60),
+    "japanese-vowels": (
+        "japanese-vowels:field=driven,solver=dopri5,tolerance=1e-4", "learn_t1=true", "kronecker", 300,
+    ),
+}  # fmt: skip
+#: Who solves for the time: what the problem learns, optimizer.
+RULES = {
+    "fixed": ("false", "feedback"),
+    "open loop": ("true", "layerwise-metric"),
+    "joint": ("true", "gauss-newton"),
+    "feedback": ("true", "feedback"),
 }
+RULED, RULED_STEPS = "circles:penalty=0.1", 40
 
 
-def reading(problem: Problem, model: nn.Module) -> float:
-    """The training loss."""
+def cost(ridge: float, model: nn.Module) -> float:
+    """c/2 |w|^2."""
+    return 0.5 * ridge * sum(float(p.detach().square().sum()) for p in model.parameters()) if ridge else 0.0
+
+
+def reading(problem: Problem, model: nn.Module, ridge: float = 0.0) -> float:
+    """The training loss and the cost of the weights."""
     x, y = problem.reported or problem.train
     model.eval()
     with torch.no_grad():
         loss = float(problem.loss(model(x), y))
     model.train()
-    return loss
+    return loss + cost(ridge, model)
 
 
 def score(problem: Problem, model: nn.Module) -> float | None:
@@ -111,16 +137,19 @@ def score(problem: Problem, model: nn.Module) -> float | None:
 
 def run(
     problem: Problem, spec: str, seed: int, *, limit: float = math.inf, level: float = -math.inf, every: int = 1,
-    steps: float = math.inf,
+    steps: float = math.inf, ridge: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """One run to the level or to a limit; the readings as (seconds, loss), evaluations of the field at every step."""
     problem = problem.for_seed(seed)
+    own = ridge > 0 and spec.partition(":")[0] in ("layerwise-metric", "gauss-newton", "feedback")
+    if own:
+        spec += f"{',' if ':' in spec else ':'}ridge={ridge}"
     chosen = parse_optimizer(spec)
     model, criterion = problem.build_model(seed), type(problem.criterion)()
     entry = optimizer_entry(chosen.name)
     optimizer = entry.make(chosen.options, model, criterion)
     torch.manual_seed(seed)
-    seconds, count, value, failure = 0.0, 0, reading(problem, model), None
+    seconds, count, value, failure = 0.0, 0, reading(problem, model, ridge), None
     history, fields, times = [(0.0, value)], [], []
     source = batches(problem, seed)
     while value > level and seconds < limit and count < steps:
@@ -131,7 +160,12 @@ def run(
             loss = problem.loss(model(x), y, criterion)
             fields.append(evaluations(model))
             loss.backward()
-            return loss
+            if own or not ridge:
+                return loss
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.grad.add_(p, alpha=ridge)
+            return loss.detach() + cost(ridge, model)
 
         start = time.process_time()
         try:
@@ -147,7 +181,7 @@ def run(
         times.append(end_time(model))
         if failure is None and (count % every == 0 or count >= steps):
             try:
-                value = reading(problem, model)
+                value = reading(problem, model, ridge)
             except PullbackError as error:
                 failure = str(error)
             else:
@@ -175,7 +209,7 @@ def tuned(race: Race, problem: Problem, pattern: str, rates: Sequence[str]) -> t
     last = {}
     warmed(problem, pattern.format(rates[0]))
     for rate in rates:
-        found = run(problem, pattern.format(rate), TUNING, limit=race.limit, every=race.every)
+        found = run(problem, pattern.format(rate), TUNING, limit=race.limit, every=race.every, ridge=race.ridge)
         last[rate] = found["last"] if found["failure"] is None and math.isfinite(found["last"]) else math.inf
     return pattern.format(min(last, key=lambda rate: last[rate])), last
 
@@ -187,7 +221,7 @@ def raced(race: Race) -> dict[str, Any]:
     chosen = {pattern: tuned(race, problem, pattern, rates) for pattern, rates in patterns.items()}
     adam, *others = (spec for spec, _ in chosen.values())
     runs: dict[str, list[dict[str, Any]]] = {
-        adam: [run(problem, adam, seed, limit=race.limit, every=race.every) for seed in SEEDS]
+        adam: [run(problem, adam, seed, limit=race.limit, every=race.every, ridge=race.ridge) for seed in SEEDS]
     }
     level = statistics.median(each["last"] for each in runs[adam])
     specs = [*others, *(["lbfgs"] if race.lbfgs else []), *race.ours]
@@ -195,7 +229,7 @@ def raced(race: Race) -> dict[str, Any]:
         warmed(problem, spec)
     for seed in SEEDS:
         for spec in specs:
-            found = run(problem, spec, seed, limit=race.limit, level=level, every=race.every)
+            found = run(problem, spec, seed, limit=race.limit, level=level, every=race.every, ridge=race.ridge)
             runs.setdefault(spec, []).append(found)
     rows = []
     for spec, found in runs.items():
@@ -207,7 +241,8 @@ def raced(race: Race) -> dict[str, Any]:
             "test": statistics.median(tests) if tests else None,
             "runs": [{key: each[key] for key in KEPT} for each in found],
         })  # fmt: skip
-    return {"problem": race.problem, "level": level, "limit": race.limit, "metric": problem.metric_name, "rows": rows,
+    return {"problem": race.problem, "level": level, "limit": race.limit, "ridge": race.ridge,
+            "metric": problem.metric_name, "rows": rows,
             "tuning": {pattern: {rate: v if math.isfinite(v) else None for rate, v in last.items()}
                        for pattern, (_, last) in chosen.items()}}  # fmt: skip
 
@@ -230,6 +265,20 @@ def timed(name: str) -> dict[str, Any]:
     return {"problem": text, "optimizer": spec, "steps": steps, "medians": medians, "runs": rows}
 
 
+def ruled() -> dict[str, Any]:
+    """Who solves for a learned time."""
+    rows = {}
+    for rule, (learns, spec) in RULES.items():
+        problem = load_problem(f"{RULED},learn_t1={learns}")
+        found = [run(problem, spec, seed, steps=RULED_STEPS, every=RULED_STEPS) for seed in SEEDS]
+        late = [statistics.fmean(each["fields"][-(RULED_STEPS // 3) :]) for each in found]
+        rows[rule] = {"optimizer": spec, "evaluations": statistics.median(late)} | {
+            key: statistics.median(each[key] for each in found) for key in ("last", "test", "seconds")
+        }
+        rows[rule]["t1"] = [each["times"][-1] for each in found]
+    return {"problem": RULED, "steps": RULED_STEPS, "rules": rows}
+
+
 def table(name: str, result: dict[str, Any]) -> str:
     """One line for each method."""
     first = result["rows"][0]["seconds"]
@@ -250,9 +299,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--races", default=",".join(RACES))
     parser.add_argument("--times", default=",".join(TIMES))
+    parser.add_argument("--rules", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ode.json")
     options = parser.parse_args()
     kept: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"races": {}, "times": {}}
+    kept.setdefault("rules", {})
 
     def keep(part: str, name: str, result: dict[str, Any]) -> None:
         kept[part][name] = {**result, "machine": machine(1)}
@@ -266,6 +317,9 @@ def main() -> None:
         for name in filter(None, options.times.split(",")):
             keep("times", name, timed(name))
             print(name, json.dumps(kept["times"][name]["medians"]), flush=True)
+        if options.rules:
+            keep("rules", "circles", ruled())
+            print(json.dumps(kept["rules"]["circles"]["rules"]), flush=True)
 
 
 if __name__ == "__main__":

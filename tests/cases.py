@@ -34,6 +34,9 @@ from models import (
     Woven,
 )
 from pullback.ode import ODEBlock
+from pullback.problems.driven import ControlledField, Driven
+from pullback.problems.irregular import ODERNN
+from pullback.problems.odes import Observed, OwnClock
 from sequences import Attention, Bag, Cells, Cross, Encoder, Offsets, Recurrent
 
 
@@ -230,6 +233,12 @@ CASES = [
     Case("outputs of outputs", Feeds, inputs(3)),
     Case("ode unrolled", lambda: seq(nn.Linear(3, 2), ODEBlock(Moving(), solver="rk4", step=0.5, adjoint=False),
                                      nn.Linear(2, 2)), inputs(3)),
+    Case("ode controlled", lambda: Driven(
+        nn.Linear(2, 3), ODEBlock(ControlledField(3, 2, 4, 1.5), solver="rk4", step=0.5, adjoint=False),
+        nn.Linear(3, 2)), inputs(2, 3)),
+    Case("ode between observations", lambda: (flow := ODEBlock(
+        OwnClock(seq(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))), solver="rk4", step=0.5, adjoint=False))
+        and Observed(ODERNN(nn.GRUCell(1, 2), flow), flow, nn.Linear(2, 2)), inputs(6)),
 ]  # fmt: skip
 
 by_name = {case.name: case for case in CASES}

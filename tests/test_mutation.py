@@ -254,7 +254,7 @@ def previous_reversed(true: Any) -> Any:
 
 
 def without_rest(true: Any) -> Any:
-    return lambda self, blocks: dataclasses.replace(true(self, blocks), rest=None)
+    return lambda self, blocks, *ridge: dataclasses.replace(true(self, blocks, *ridge), rest=None)
 
 
 def rest_taken_at_mu_one(true: Any) -> Any:

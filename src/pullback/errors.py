@@ -32,8 +32,15 @@ class SolverError(StepError):
 
     Attributes:
         time: t at which the solver gave up, nan where there is no such time.
+        undone: whether an optimizer has put weights and times back to those before its last step, since these may be
+            the reason; then going on with the next pass is the remedy.
     """
 
     def __init__(self, message: str, time: float = float("nan")) -> None:
         super().__init__(message)
         self.time = time
+        self.undone = False
+
+    def add(self, words: str) -> None:
+        """Say more, on the way to the user."""
+        self.args = (f"{self} {words}",)

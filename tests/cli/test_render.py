@@ -108,6 +108,32 @@ def test_the_bar_waits_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "75%" in text
 
 
+def test_the_bar_and_the_table_say_what_ode_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with RunsBar(console, total=1) as bar:
+        now[0] = 2.5
+        bar(Progress("adam", 0, 5, 0.1, 0.5, 0.113, 45, 0.79123))
+        bar._bar.refresh()
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "seed 0 loss 0.113  nfe 45  t1 0.791" in text
+    history = (Evaluation(0.0, 0, 2.0, 0.1, nfe=20, t1=1.0), Evaluation(0.5, 100, 0.1, 0.9, nfe=45, t1=0.79123))
+    run = Run("adam", {}, 0, 100, 0.5, 0.5, history)
+    plain = Console(file=io.StringIO(), width=120)
+    plain.print(render(Comparison("circles", "nll", {"threads": 1}, (run,)), plain))
+    header, row = plain.file.getvalue().splitlines()[-2:]  # type: ignore[attr-defined]
+    assert header.split()[-4:] == ["nfe", "t1", "ms/step", "seconds"]
+    assert row.split()[-4:-2] == ["45", "0.791"]
+    assert "nfe" not in render_text(comparison())
+
+
+def render_text(result: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(result, console))
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
 def test_no_bar_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])

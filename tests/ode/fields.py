@@ -41,6 +41,17 @@ class Tied(nn.Module):
         return F.linear(x, self.a.weight) if self.by_hand else x
 
 
+class Summands(nn.Module):
+    """Layers of the state and of the time, added: autograd hands both one and the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.time, self.out = nn.Linear(2, 3, bias=False), nn.Linear(1, 3), nn.Linear(3, 2)
+
+    def forward(self, t, x):
+        return self.out(torch.tanh(self.state(x) + self.time(t.expand(len(x), 1))))
+
+
 class Pictures(nn.Module):
     """A convolutional field with a norm."""
 
@@ -90,6 +101,7 @@ MODELS: dict[str, tuple[Callable[[Callable[..., ODEBlock]], nn.Module], tuple[in
     "first": (lambda block: nn.Sequential(block(Moving(3)), nn.Linear(3, 2)), (3,)),
     "alone": (lambda block: nn.Sequential(block(Moving(2))), (2,)),
     "by hand": (chain(Bare), (3,)),
+    "summands": (chain(Summands), (3,)),
     "called twice inside": (chain(Tied), (3,)),
     "tied inside": (chain(lambda: Tied(True)), (3,)),
     "beside": (Beside, (3,)),

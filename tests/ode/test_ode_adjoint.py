@@ -154,3 +154,19 @@ def test_an_output_overwritten_in_place_is_refused():
         z.mul_(2.0)
     with pytest.raises(CoverageError, match="in place"):
         gate.pull(torch.ones(1, 4, 2).double())
+
+
+def test_lent_parameters_get_the_gradient():
+    """torch.func.functional_call takes them back before the backward pass."""
+    torch.manual_seed(0)
+    block = ODEBlock(Moving(), rtol=1e-8, atol=1e-9).double()
+    x = torch.randn(5, 2).double()
+    (block(x).square().sum()).backward()
+    own = {name: p.grad for name, p in block.named_parameters()}
+    lent = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
+    with torch.no_grad():
+        for p in block.parameters():
+            p.mul_(3)  # the module's own are no matter
+    torch.func.functional_call(block, {name: 1.0 * p for name, p in lent.items()}, (x,)).square().sum().backward()
+    for name, p in lent.items():
+        torch.testing.assert_close(p.grad, own[name], rtol=1e-12, atol=1e-12)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fields import MODELS, TIGHT, build, jacobian, miss
+from fields import MODELS, TIGHT, build, gradient, jacobian, miss
 from torch import nn
 
 import pullback
+from models import Moving
 from oracle import assert_close, dense, linearise
+from pullback.ode import ODEBlock
 from pullback.ode.adjoint import Solve
 from pullback.tape import Tape
 
@@ -53,10 +55,15 @@ def test_rows_and_gradients_agree_at_loose_tolerances(name):
     assert miss(U.T @ U, J.T @ J) < 1e-2
 
 
-def test_rows_come_from_the_solve_of_the_sweep(monkeypatch):
-    solves = []
-    solved = Solve.solved
-    monkeypatch.setattr(Solve, "solved", lambda self, S: solves.append(len(S)) or solved(self, S))
+@pytest.fixture
+def solves(monkeypatch):
+    """How many columns every solve backwards in time had."""
+    found, solved = [], Solve.solved
+    monkeypatch.setattr(Solve, "solved", lambda self, S: found.append(len(S)) or solved(self, S))
+    return found
+
+
+def test_rows_and_gradients_come_from_one_solve(solves):
     model, x, y = build("pair")
     criterion = nn.MSELoss()
     tape = Tape(model, criterion, pullback.Gaussian(), "loop")
@@ -64,13 +71,95 @@ def test_rows_come_from_the_solve_of_the_sweep(monkeypatch):
         solves.clear()
         tape.clear()
         criterion(model(x), y).backward()
-        swept = list(solves)
         lin = pullback.curvature.Linearisation(tape.terms)
-    # The last block with both columns for the sweep, then both with the user's costate; the first, upstream of which
-    # nothing is trained, when its rows are asked for.
-    assert sorted(swept) == [1, 1, 2]
-    assert solves == [*swept, 2]
+    # Both columns, of which the costate is a sum: the last block in the sweep, the first in the user's own pass.
+    assert solves == [2, 2]
     assert lin.R == 8
+    tape.close()
+
+
+@pytest.mark.parametrize(("metric", "sweep"), [(None, "loop"), (None, "vmap"), (pullback.Sampled(m=1), "vmap")])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_that_share_the_solve(name, metric, sweep):
+    """The costate is a sum of the metric's own columns; beside a sketch it has a solve of its own."""
+    model, x, y = build(name, rtol=1e-6, atol=1e-7)
+    plain = gradient(model, x, y)
+    criterion = nn.MSELoss()
+    tape = Tape(model, criterion, metric, sweep)
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    assert miss(torch.cat([p.grad.flatten() for p in model.parameters()]), plain) < 1e-5
+    tape.close()
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_summands_keep_the_rows_of_their_layers(columns):
+    """And are not sent to the whole model, sample by sample."""
+    model, x, y = build("summands", rtol=1e-4, atol=1e-5)
+    criterion = nn.MSELoss()
+    opt = pullback.GaussNewton(model, criterion, metric=None if columns == 2 else pullback.Sampled(m=1))
+    criterion(model(x), y).backward()
+    opt.step()
+    assert {treated.rule for treated in opt._treated} == {"linear", "ODE (Summands)"}
+
+
+def test_small_costates_are_as_exact_as_large_ones():
+    """A residual of 1e-9 beside columns of size 1: each has its own unit in the solve."""
+    model, x, y = build("chain", **TIGHT)
+    y = model(x).detach() + 1e-9 * y
+    plain = gradient(model, x, y)
+    criterion = nn.MSELoss()
+    tape = Tape(model, criterion, None, "loop")
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    assert miss(torch.cat([p.grad.flatten() for p in model.parameters()]), plain) < 1e-8
+    tape.close()
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-9, 0.0])
+def test_what_else_reaches_a_block_has_a_solve_of_its_own(weight, solves):
+    model, x, y = build("chain", **TIGHT)
+    criterion, seen = nn.MSELoss(), []
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+
+    def found():
+        model.zero_grad()
+        solves.clear()
+        loss = criterion(model(x), y)
+        (loss + weight * seen[-1].square().mean()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    plain = found()
+    tape = Tape(model, criterion, None, "loop")
+    found()  # checks it
+    assert miss(found(), plain) < 1e-8
+    assert solves == ([2, 1] if weight else [2])
+    tape.close()
+
+
+def test_more_nodes_are_taken_once_for_all(solves):
+    class Fast(Moving):
+        def forward(self, t, x):
+            return super().forward(t, x) * torch.cos(12 * t)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), ODEBlock(Fast(), **TIGHT), nn.Linear(2, 2)).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    criterion = nn.MSELoss()
+    plain = gradient(model, x, y)
+    grown = model[1].flow.nodes
+    tape = Tape(model, criterion, None, "loop")
+    criterion(model(x), y).backward()  # checks it
+    tape.clear()
+    model[1].flow.nodes, model[1].flow.reachable = 4, 0.0
+    solves.clear()
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    assert miss(torch.cat([p.grad.flatten() for p in model.parameters()]), plain) < 1e-8
+    pullback.curvature.Linearisation(tape.terms)
+    assert grown > 4
+    assert set(solves) == {2}
+    assert 4 * 2 ** (len(solves) - 1) in (grown, 2 * grown)
     tape.close()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import pullback
 from oracle import assert_close, dense, linearise
 from pullback.errors import SolverError, StepError
+from pullback.ode import ODEBlock
 
 C = 0.3
 
@@ -198,3 +199,34 @@ def test_ocnopt_refuses_penalties():
     criterion(model(x), y).backward()
     with pytest.raises(StepError, match="penalty"):
         opt.step()
+
+
+@pytest.mark.parametrize("which", ["t0", "t1"])
+@pytest.mark.parametrize("Opt", [pullback.GaussNewton, pullback.Kronecker, pullback.FeedbackGaussNewton])
+def test_a_time_that_wants_to_be_longer_stays_at_its_bound(Opt, which):
+    """Growth by a rate that is given, to more than the longest interval allows."""
+
+    class Growth(nn.Module):
+        def forward(self, t, x):
+            return x
+
+    torch.manual_seed(0)
+    block = ODEBlock(Growth(), learn=which, longest=1.5, rtol=1e-6, atol=1e-7)
+    model = nn.Sequential(block, nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(2))
+        model[1].bias.zero_()
+    for p in model[1].parameters():
+        p.requires_grad_(False)
+    x = torch.randn(8, 2).double()
+    criterion, y = nn.MSELoss(), 20.0 * x  # exp(3) and no less
+    opt = Opt(model, criterion, **({"lr": 50.0} if Opt is pullback.Kronecker else {}))
+    for _ in range(30):
+        opt.zero_grad()
+        criterion(model(x), y).backward()
+        opt.step()
+    out = model(x)
+    assert block.t1 - block.t0 == pytest.approx(1.5, abs=1e-6)
+    torch.testing.assert_close(out, torch.exp(torch.tensor(1.5)).double() * x, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="longest"):
+        ODEBlock(Growth(), learn=which, longest=0.5)

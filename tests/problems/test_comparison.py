@@ -141,6 +141,7 @@ def test_the_json_is_as_promised_and_has_no_nan(line: Problem) -> None:
         "test",
         "validation_score",
         "history",
+        "ode",
         "reached",
         "steps_to",
         "failure",

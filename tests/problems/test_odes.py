@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pullback.problems import Budget, DataError, Problem, SpecError, load_problem, run
-from pullback.problems.driven import DrivenField, cosines
+from pullback.problems import Budget, DataError, Problem, Progress, SpecError, load_problem, run
+from pullback.problems.driven import ControlledField, DrivenField, cosines, standardise_paths
 from pullback.problems.odes import Observed, OwnClock, end_time, evaluations
 from pullback.problems.populations import LotkaVolterra
 from pullback.problems.spirals import true_velocity
@@ -27,10 +27,15 @@ ODES = [
     ("lynx-hare:steps=40", "gauss-newton", 3, 0.8),
     ("lynx-hare:field=neural,ahead=2,width=4", "gauss-newton", 4, 0.8),
     ("sunspots:window=4,ahead=2,width=4,latent=2", "gauss-newton", 4, 0.8),
+    ("sunspots:missing=0.4,window=4,ahead=3,width=4,latent=2", "feedback", 4, 0.95),
+    ("sunspots:model=ode-rnn,missing=0.4,window=4,ahead=3,width=4,latent=2", "gauss-newton", 5, 0.9),
     ("circles:points=48,width=8,depth=1", "feedback", 5, 0.99),
     ("moons:points=48,width=8,depth=1,trace=hutchinson", "kronecker", 6, 0.99),
     ("miniboone:width=8,batch_size=none", "kronecker", 12, 0.99),
-    *((f"{name}:cosines=3,hidden=4,width=6,steps=3,batch_size=none", "feedback", 5, 0.9) for name in SETS),
+    *(
+        (f"{name}:field={field},cosines=3,hidden=4,width=6,steps=3,batch_size=none", "feedback", 5, 0.9)
+        for name, field in zip(SETS, ("cde", "driven", "cde", "driven"), strict=True)
+    ),
     ("digits-ode:channels=2,steps=1", "kronecker", 10, 0.9),
 ]
 NAMES = [text.partition(":")[0] for text, *_ in ODES]
@@ -123,6 +128,9 @@ def test_what_is_missing_or_damaged_is_said(name: str, folder: Path, monkeypatch
         ("lynx-hare:field=lynx", "lotka-volterra or neural"),
         ("lynx-hare:ahead=21", "1 to 20 years"),
         ("digits-ode:steps=0", "steps of digits-ode is 0"),
+        ("sunspots:model=rnn", "give latent or ode-rnn"),
+        ("sunspots:missing=1", "missing of sunspots is 1.0; give a share from 0 to 0.9"),
+        ("italy-power:field=read", "field of italy-power cannot be 'read'; give driven or cde"),
         ("arrow-head:cosines=0", "cosines of arrow-head is 0"),
     ],
 )
@@ -191,6 +199,21 @@ def test_cosines_are_those_of_the_series() -> None:
     assert found[2].tolist() == pytest.approx([0.5, -4 / math.pi**2, 0, -4 / (3 * math.pi) ** 2, 0], abs=1e-3)
 
 
+def test_paths_are_standardised_by_the_training_rows() -> None:
+    torch.manual_seed(0)
+    train, test = torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    train[:, 2] = train[0, 2, 0] * torch.eye(5, dtype=torch.float64)[0]  # constant
+    scaled, other = standardise_paths(train, test)
+    t = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    waves = (math.pi * torch.arange(5, dtype=torch.float64)[:, None] * t).cos()
+    before, after = train @ waves, scaled @ waves
+    mean = before.mean((0, 2), keepdim=True)
+    std = before.std((0, 2), correction=0, keepdim=True)
+    torch.testing.assert_close(after[:, :2], ((before - mean) / std)[:, :2], rtol=1e-10, atol=1e-10)
+    assert float(after[:, 2].abs().max()) < 1e-12
+    torch.testing.assert_close((other @ waves)[:, :2], ((test @ waves - mean) / std)[:, :2], rtol=1e-10, atol=1e-10)
+
+
 def test_padding_is_not_looked_at(folder: Path) -> None:
     path = folder / "ts_classification" / "JapaneseVowels.npz"
     short = np.linspace(0, 1, 4, dtype=np.float32)
@@ -213,6 +236,38 @@ def test_the_field_reads_the_path_at_its_time() -> None:
     found = field(t, torch.cat([z, c.flatten(1)], 1))
     torch.testing.assert_close(found[:, :2], expected, rtol=1e-12, atol=1e-12)
     assert not found[:, 2:].any()
+
+
+def test_the_controlled_field_follows_the_slope_of_the_path() -> None:
+    torch.manual_seed(0)
+    field = ControlledField(hidden=3, channels=2, width=4, pace=0.5).double()
+    z, c, t = torch.randn(4, 3).double(), torch.randn(4, 2, 5).double(), torch.tensor(0.3, dtype=torch.float64)
+
+    def path(time: torch.Tensor) -> torch.Tensor:
+        return sum((c[:, :, k] * (math.pi * k * time).cos() for k in range(5)), torch.zeros(4, 2).double())
+
+    slope = torch.func.jacrev(path)(t)
+    G = torch.tanh(field.outer(torch.tanh(field.inner(z)))).view(4, 3, 2)
+    expected = 0.5 * torch.stack([G[n] @ slope[n] for n in range(4)])
+    found = field(t, torch.cat([z, c.flatten(1)], 1))
+    torch.testing.assert_close(found[:, :3], expected, rtol=1e-12, atol=1e-12)
+    assert not found[:, 3:].any()
+
+
+def test_what_the_blocks_do_is_recorded() -> None:
+    seen: list[Progress] = []
+    text = "circles:points=32,width=6,depth=1,tolerance=1e-3,learn_t1=true"
+    result = run(load_problem(text), "adam:lr=1e-1", budget=Budget(steps=3), progress=seen.append)
+    model = seen[-1].model
+    assert model is not None
+    assert (result.t1, seen[-1].t1) == (end_time(model), end_time(model)) != (1.0, 1.0)
+    ode = result.to_json()["ode"]
+    assert ode["step"] == [0, 1, 2, 3]
+    assert ode["t1"] == [1.0, *(progress.t1 for progress in seen)]
+    assert ode["nfe"][1:] == [progress.nfe for progress in seen]
+    assert all(nfe > 3 for nfe in ode["nfe"])
+    others = run(load_problem("wine"), "adam", budget=Budget(steps=1), progress=seen.append)
+    assert (others.nfe, others.t1, others.to_json()["ode"], seen[-1].nfe, seen[-1].t1) == (None,) * 5
 
 
 @pytest.mark.parametrize("name", ["circles", "digits-ode"])

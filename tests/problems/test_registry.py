@@ -142,3 +142,11 @@ def test_a_file_that_does_not_load_is_explained(tmp_path: Path, text: str, part:
     path.write_text(text)
     with pytest.raises(SpecError, match=part):
         load_problem(f"{path}:f")
+
+
+def test_words_that_an_option_may_be() -> None:
+    found = {entry.name: entry.choices for entry in entries()}
+    assert found["lynx-hare"] == {"field": ("lotka-volterra", "neural")}
+    assert found["japanese-vowels"] == {"field": ("driven", "cde")}
+    assert found["arrow-head"] == {"field": ("cde", "driven")}
+    assert found["wine"] == {}

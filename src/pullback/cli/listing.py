@@ -26,7 +26,8 @@ def problems() -> None:
         for entry in entries():
             note = "Reads a data folder: --data DIR or PULLBACK_DATA." if entry.needs_data else ""
             defaults = {key: parameter.default for key, parameter in entry.parameters.items()}
-            _print(entry.name, entry.summary, note, _options(defaults.items()))
+            words = {key: "|".join(choices) for key, choices in entry.choices.items()}
+            _print(entry.name, entry.summary, note, _options((defaults | words).items()))
         stdout().print(
             "Your own: [bold]file.py:function[/bold], which returns a Problem; its arguments are its options."
         )

@@ -69,7 +69,12 @@ DataOption: TypeAlias = Annotated[
 ]
 OutFolder: TypeAlias = Path | None
 OutOption: TypeAlias = Annotated[
-    OutFolder, typer.Option(help="Keep result.json and loss.png in this folder.", metavar="DIR")
+    OutFolder,
+    typer.Option(
+        help="Keep result.json and pictures in this folder: loss.png; of neural ODEs times.png, and "
+        "trajectories.png or density.png.",
+        metavar="DIR",
+    ),
 ]
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")

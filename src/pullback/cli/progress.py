@@ -95,6 +95,11 @@ class RunsBar(Bar):
         finished = progress.fraction >= 1
         if time.monotonic() - self._began > _PATIENCE and (finished or self.due()):
             which = f"{min(self._done + 1, self._runs)}/{self._runs}"
-            about = f"{which} {escape(progress.label)} seed {progress.seed} loss {progress.loss:.3g}"
+            about = f"{which} {escape(progress.label)} seed {progress.seed} loss {progress.loss:.3g}{_ode(progress)}"
             self.show(self._done + min(progress.fraction, 1.0), about)
         self._done += finished
+
+
+def _ode(progress: Progress) -> str:
+    """What the ODE blocks of the model do, if it has any."""
+    return "" if progress.nfe is None else f"  nfe {progress.nfe}  t1 {progress.t1:.3g}"

@@ -6,16 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import typer
 from rich.console import Console, RenderableType
+from torch import nn
 
 from pullback.cli.progress import RunsBar
 from pullback.cli.render import render
 from pullback.cli.render_sweep import render_sweep
 from pullback.cli.reporting import stderr, stdout
-from pullback.errors import PullbackError
-from pullback.plotting import require_matplotlib, save_plot, save_sweep
+from pullback.errors import PullbackError, SolverError
+from pullback.plotting import require_matplotlib, save_ode, save_plot, save_sweep
 from pullback.problems import (
     Budget,
     Comparison,
@@ -24,6 +26,7 @@ from pullback.problems import (
     Measure,
     OptimizerSpec,
     Problem,
+    Progress,
     SpecError,
     Sweep,
     Target,
@@ -34,6 +37,8 @@ from pullback.problems import (
 from pullback.problems.options import parse_value
 from pullback.problems.record import Json
 from pullback.problems.target import LOSS
+
+_Models: TypeAlias = dict[str, nn.Module]
 
 
 def make_budget(seconds: float | None, steps: int | None, epochs: int | None) -> Budget | None:
@@ -130,7 +135,8 @@ def race(
         seeds: How many seeds.
         threads: Threads that torch may use.
         data: The data folder.
-        out: Folder for ``result.json`` and ``loss.png``, made if need be.
+        out: Folder for ``result.json``, ``loss.png`` and, of models with ODE blocks, what `save_ode` draws of the first
+            seed; made if need be.
         as_json: Whether to print JSON rather than a table.
 
     Returns:
@@ -150,8 +156,13 @@ def race(
     training = [] if wanted and targets is None else [min(loaded.targets, default=None)]
     until = [level for level in (*training, *wanted) if stop and level is not None]
 
-    def pictures(result: Comparison, folder: Path) -> list[Path]:
-        return [save_plot(result, folder / "loss.png")]
+    def pictures(result: Comparison, models: _Models, folder: Path) -> list[Path]:
+        paths = [save_plot(result, folder / "loss.png")]
+        try:
+            return paths + save_ode(loaded.for_seed(0), result, models, folder)
+        except SolverError as error:
+            stderr().print(f"not drawn: {error}", markup=False, soft_wrap=True)
+            return paths
 
     report = _Report(Comparison.to_json, render, pictures)
     return _execute(
@@ -201,7 +212,7 @@ def run_sweep(
     report = _Report(
         to_json=lambda result: swept(result).to_json(),
         table=lambda result, _console: render_sweep(swept(result)),
-        pictures=lambda result, folder: save_sweep(swept(result), folder),
+        pictures=lambda result, _models, folder: save_sweep(swept(result), folder),
     )
     specs = [spec for grid in grids for spec in grid.specs()]
     return swept(_execute(loaded, specs, report, budget=budget, seeds=seeds, threads=threads, out=out, as_json=as_json))
@@ -213,7 +224,20 @@ class _Report:
 
     to_json: Callable[[Comparison], Json]
     table: Callable[[Comparison, Console], RenderableType]
-    pictures: Callable[[Comparison, Path], list[Path]]
+    pictures: Callable[[Comparison, _Models, Path], list[Path]]
+
+
+class _Keeper:
+    """Passes progress on, and keeps the models of the first seed for the pictures."""
+
+    def __init__(self, bar: RunsBar) -> None:
+        self.models: _Models = {}
+        self._bar = bar
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.seed == 0 and progress.model is not None:
+            self.models[progress.label] = progress.model
+        self._bar(progress)
 
 
 def _load(problem: str, data: Path | None, out: Path | None) -> Problem:
@@ -238,8 +262,9 @@ def _execute(
     """Runs, prints and keeps, after Ctrl-C too."""
     interruption: InterruptedComparison | None = None
     with RunsBar(stderr(), len(specs) * seeds) as bar:
+        watch = _Keeper(bar)
         try:
-            result = compare(problem, specs, seeds=seeds, budget=budget, until=until, threads=threads, progress=bar)
+            result = compare(problem, specs, seeds=seeds, budget=budget, until=until, threads=threads, progress=watch)
         except InterruptedComparison as interrupted:
             interruption, result = interrupted, interrupted.comparison
     if as_json:
@@ -248,7 +273,7 @@ def _execute(
         console = stdout()
         console.print(report.table(result, console))
     if out is not None:
-        _keep(result, report, out)
+        _keep(result, report, watch.models, out)
     if interruption is not None:
         raise interruption
     return result
@@ -276,11 +301,11 @@ def _prepare(out: Path) -> None:
         raise PullbackError(f"the folder {out} cannot be made ({error.strerror}); choose another --out.") from error
 
 
-def _keep(result: Comparison, report: _Report, out: Path) -> None:
+def _keep(result: Comparison, report: _Report, models: _Models, out: Path) -> None:
     record = out / "result.json"
     try:
         record.write_text(json.dumps(report.to_json(result), allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        kept = [record, *report.pictures(result, out)]
+        kept = [record, *report.pictures(result, models, out)]
     except OSError as error:
         raise PullbackError(f"{out} cannot be written to ({error.strerror}); choose another --out.") from error
     named = ", ".join(str(path) for path in kept[:-1])

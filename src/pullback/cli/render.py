@@ -115,6 +115,8 @@ def _outcome(summaries: Sequence[Summary], metric: str) -> list[_Column]:
     columns.append(("steps", lambda summary: _NOTHING if summary.steps is None else f"{summary.steps.median:.0f}"))
     if any(summary.trials is not None for summary in summaries):
         columns.append(("trials\n/step", lambda summary: _median(summary.trials)))
+    if any(summary.nfe is not None for summary in summaries):
+        columns += [("nfe", lambda summary: _median(summary.nfe)), ("t1", lambda summary: _median(summary.t1))]
     return [
         *columns,
         ("ms/step", lambda summary: _median(summary.ms_per_step)),

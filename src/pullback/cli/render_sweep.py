@@ -54,6 +54,8 @@ def _table(result: Sweep, grid: Grid, summaries: dict[str, Summary]) -> Table:
         columns.append(("failed", lambda cell: f"{cell.failed}/{cell.runs}"))
     if not by_loss:
         columns.append(("train\nloss", median(lambda summary: summary.loss)))
+    if any(summary.nfe is not None for summary in summaries.values()):
+        columns += [("nfe", median(lambda summary: summary.nfe)), ("t1", median(lambda summary: summary.t1))]
     columns += [
         ("ms/step", median(lambda summary: summary.ms_per_step)),
         ("seconds", median(lambda summary: summary.seconds)),

@@ -58,7 +58,7 @@ class Linearisation:
         """Rows over all terms."""
         return self.e0.shape[0]
 
-    def gradient(self, blocks: Sequence[Block]) -> Gradient:
+    def gradient(self, blocks: Sequence[Block], ridge: float = 0.0) -> Gradient:
         """The gradient in ``p.grad``, split (theory 2).
 
         A gradient that was clipped is a multiple of ``U^T e0``, which keeps the short form; one that holds
@@ -67,7 +67,17 @@ class Linearisation:
 
         Args:
             blocks: the blocks to gather it for.
+            ridge: c of a cost c/2 |w|^2, whose gradient is added; it is a remainder too.
         """
+        found = self._loss_gradient(blocks)
+        if not ridge:
+            return found
+        pull = [ridge * block.pack([p.detach() for p in block.params]) for block in blocks]
+        g = [a + b for a, b in zip(found.g, pull, strict=True)]
+        rest = pull if found.rest is None else [a + b for a, b in zip(found.rest, pull, strict=True)]
+        return Gradient(g, found.e0, rest)
+
+    def _loss_gradient(self, blocks: Sequence[Block]) -> Gradient:
         g = [block.pack([_grad_of(p) for p in block.params]) for block in blocks]
         if not self.exact:
             return Gradient(g, self.e0, g)

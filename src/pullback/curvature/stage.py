@@ -173,28 +173,39 @@ class StageBlock(Averaged):
         """One term: what the players were given in one vector, and their factors in another."""
         # Of the same samples, as many as the most demanding of them needs.
         keep = slice(None, None, min(own.kept().step or 1 for own in rows))
-        given, factors = [], []
+        given, factors, nodes = [], [], 1
+        times: list[Tensor | None] = []
         for name, own in zip(self.names, rows, strict=True):
             sides = own.sides(keep)
-            two = sides is not None and sides.times is None and sides.factor_left and sides.factor.shape[0] == 1
+            two = sides is not None and sides.factor_left and sides.factor.shape[0] == 1
             if sides is None or sides.table or not two:
                 raise StepError(
                     f"Player '{name}' has rows by the rule '{own.rule}', which have no two sides to share with "
                     "others; only Linear and convolutions in one group can play. Take it out of the game."
                 )
-            x, s = sides.given_vectors(), sides.factor
             if self.shared == "reduce":
-                x, s = x.mean(2, keepdim=True), s.sum(3, keepdim=True)
-            given.append(x)
-            factors.append(s)
+                given.append(sides.averaged_vectors().unsqueeze(2))
+                factors.append(sides.summed_factor().unsqueeze(3))
+                times.append(None)
+            else:
+                given.append(sides.given_vectors())
+                factors.append(sides.factor)
+                times.append(sides.times)
+                nodes = sides.nodes
         positions = {name: x.shape[2] for name, x in zip(self.names, given, strict=True)}
         if len(set(positions.values())) > 1:
             raise StepError(
                 f"The players of a stage are applied at different numbers of positions, {positions}, so none can be "
                 "matched; take shared='reduce', or put them into stages of their own."
             )
+        time = times[0]
+        if any(own is not time and (own is None or time is None or not torch.equal(own, time)) for own in times):
+            raise StepError(
+                f"The players {', '.join(self.names)} are called at different times of an ODE, or some of them outside "
+                "of it, so their positions do not match; take shared='reduce', or put them into stages of their own."
+            )
         x, s = torch.cat(given, 3), torch.cat(factors, 4)
-        return Sides(self.players[0][0], None, x, s, True, x.shape[3])
+        return Sides(self.players[0][0], None, x, s, True, x.shape[3], times=time, nodes=nodes)
 
     def _tell_apart(self) -> None:
         everyone = range(len(self.players))

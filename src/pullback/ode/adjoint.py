@@ -5,7 +5,8 @@ r"""The adjoint of a flow map, for one costate or all columns of a factor in one
 
 (theory 7). The solve gives x and S at Gauss-Legendre nodes, by the solver's own dense output, and everything that is an
 integral over time is a sum over them: gradients (S the costate, one column), rows of U, Kronecker moments. So the
-parameters take no part in the solver's stages, and the memory does not grow with the number of steps.
+parameters take no part in the solver's stages, and the memory does not grow with the number of steps. Where a factor
+has been swept, the costate is a sum of its columns, sample by sample, along the very same path (theory 17).
 
 Whether the nodes are enough is tested by the integrals that are known, of the right-hand sides themselves
 (derived here): :math:`\int F\,dt = x(t_1) - x(t_0)` and :math:`\int F_x^\top S\,dt = S(t_0) - S(t_1)`. While these miss
@@ -14,15 +15,15 @@ by more than the tolerance, nodes are doubled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pullback.errors import CoverageError, SolverError
-from pullback.ode.products import columns, full, grad, rms
+from pullback.ode.path import Node, Path, Visitor, along, same, summed, units_of
+from pullback.ode.products import batches, columns, full, grad, rms
 from pullback.ode.quadrature import gauss_legendre
 from pullback.tape.call import Gate
 from pullback.tape.recorder import unheard
@@ -36,70 +37,7 @@ MOST_NODES = 256
 LOST = 0.1
 
 
-class Visitor(Protocol):
-    """Gathers something over the nodes."""
-
-    def visit(self, node: Node) -> Tensor:
-        """Returns (F, -F_x^T S) at a node, shape (1 + r, N, ...)."""
-
-
 V = TypeVar("V", bound=Visitor)
-
-
-@dataclass
-class Node:
-    """A point of the quadrature.
-
-    Attributes:
-        t: its time.
-        weight: dt.
-        x: the state, (N, ...).
-        S: the columns, (r, N, ...), in units of the scale.
-        scale: the unit.
-    """
-
-    t: float
-    weight: float
-    x: Tensor
-    S: Tensor
-    scale: float
-
-
-@dataclass
-class Path:
-    """A solve backwards in time.
-
-    Attributes:
-        S: the columns it began with, (r, N, ...).
-        scale: their root mean square; inside, they are divided by it.
-        times: of the nodes, from t1 to t0.
-        weights: of the nodes.
-        states: x and the columns there, (nodes, 1 + r, N, ...).
-        begin: at t0, (1 + r, N, ...).
-        end: at t1.
-    """
-
-    S: Tensor
-    scale: float
-    times: Sequence[float]
-    weights: Sequence[float]
-    states: Tensor
-    begin: Tensor
-    end: Tensor
-
-    def __iter__(self) -> Iterator[Node]:
-        for t, w, y in zip(self.times, self.weights, self.states, strict=True):
-            yield Node(t, w, y[0], y[1:], self.scale)
-
-    def defect(self, total: Tensor) -> float:
-        """How far the quadrature misses the integrals that are known, relative to the size of the states.
-
-        Args:
-            total: sum over the nodes of weight times (F, -F_x^T S), shape of ``end``.
-        """
-        miss = self.end - self.begin - total
-        size = max(1.0, rms(self.end[0]))
-        return max(rms(miss[0]) / size, rms(miss[1:]))
 
 
 class Solve(Gate):
@@ -111,6 +49,7 @@ class Solve(Gate):
         t1: where it ended.
 
     Attributes:
+        given: parameters and buffers of the field at that time, by name.
         x0: the state at t0, detached.
         x1: the state at t1, detached.
     """
@@ -119,9 +58,13 @@ class Solve(Gate):
         self.flow = flow
         self.t0 = t0
         self.t1 = t1
+        self.given = tensors_of(flow.func)
         self.x0: Tensor | None = None
         self.x1: Tensor | None = None
+        self._substitutes: dict[str, Tensor] | None = None
         self._version = 0
+        self._columns: Tensor | None = None
+        self._weights: Tensor | None = None
         self._path: Path | None = None
 
     def ended(self, x0: Tensor, x1: Tensor) -> None:
@@ -129,19 +72,48 @@ class Solve(Gate):
         self.x0, self.x1 = x0.detach(), x1.detach()
         self._version = self.x1._version
 
-    def field(self, t: float, x: Tensor) -> Tensor:
+    def field(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The field at a time, with its graph."""
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         with torch.enable_grad():
-            out: Tensor = self.flow.func(torch.as_tensor(t, dtype=x.dtype, device=x.device), x)
+            if self._substitutes is None:
+                out: Tensor = self.flow.func(t, x)
+            else:
+                out = torch.func.functional_call(self.flow.func, self._substitutes, (t, x))
         return out
+
+    def leaves(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a backward pass differentiates in: the trained parameters, or what stood for them in the call.
+
+        Args:
+            params: the trained ones of the call, in their order.
+        """
+        now = tensors_of(self.flow.func)
+        if all(now.get(name) is t for name, t in self.given.items()):
+            self._substitutes = None
+            return params
+        # torch.func.functional_call lent the field others, and has taken them back.
+        own = {name: t.detach().requires_grad_(t.requires_grad) for name, t in self.given.items()}
+        self._substitutes = own
+        return [t for t in own.values() if t.requires_grad]
+
+    def arrive(self, S: Tensor, weights: Tensor | None) -> None:
+        """See the base class. Nothing is solved before it is asked for."""
+        if not self._begins(S):
+            self._columns, self._path = S, None  # never two of them
+        self._weights = weights
 
     def pull(self, S: Tensor) -> Tensor:
         """See the base class."""
-        path = self.path(S)
-        return path.begin[1:] * path.scale
+        with self.flow.told():
+            return self.path(S).pulled()
+
+    def _begins(self, S: Tensor) -> bool:
+        """Whether the columns that arrived begin with these, to round-off."""
+        return self._columns is not None and same(S, self._columns[: len(S)], self.flow.solver.tolerance)
 
     def path(self, S: Tensor) -> Path:
-        """The solve for these columns: the last one, if it was for the same.
+        """The solve for these columns: that of all columns that arrived, if they are the first of them.
 
         Args:
             S: shape (r, N, ...).
@@ -150,11 +122,33 @@ class Solve(Gate):
             SolverError: if the solver gives up.
             CoverageError: if the output was overwritten in place.
         """
-        last = self._path
-        if last is None or len(last.times) != self.flow.nodes or not _same(last.S, S):
-            self._path = None  # never two of them
-            self._path = self.solved(S)
-        assert self._path is not None
+        return self._shared().first(len(S)) if self._begins(S) else self.solved(S)
+
+    def costate(self, a: Tensor) -> Path:
+        """The solve for the user's own costate: that of the columns of which it is a sum, or one of its own.
+
+        Args:
+            a: shape (N, ...).
+
+        Raises:
+            SolverError, CoverageError: as :meth:`path`.
+        """
+        S, weights = self._columns, self._weights
+        if S is None or weights is None or weights.shape != S.shape[:2]:
+            return self.solved(a[None])
+        if not same(a[None], summed(S, weights)[None], self.flow.solver.tolerance):
+            return self.solved(a[None])  # it came other ways, too
+        return self._shared().summed(weights)
+
+    def release(self) -> None:
+        """Give the memory of the solve back; it is made again if somebody asks."""
+        self._path = None
+
+    def _shared(self) -> Path:
+        assert self._columns is not None
+        if self._path is None or len(self._path.times) < self.flow.nodes:
+            self._path = None
+            self._path = self.solved(self._columns)
         return self._path
 
     @torch.no_grad()
@@ -167,18 +161,18 @@ class Solve(Gate):
                 "The output of an ODE block was changed in place after the call, which its adjoint starts from; write "
                 "y = f(x) instead of f_(x) or x += ... there."
             )
-        scale = rms(S) or 1.0
-        end = torch.cat([x1[None], S / scale])
+        units = units_of(S)
+        end = torch.cat([x1[None], S / along(units, S)])
         points, shares = gauss_legendre(self.flow.nodes)
         length = self.t1 - self.t0
         times = [self.t0 + p * length for p in reversed(points)]
         weights = [w * length for w in reversed(shares)]
-        velocity = _Backwards(self.flow, S.shape[0])
+        velocity = _Backwards(self)
         with unheard():
             states, count = self.flow.solver.solve(velocity, end, [self.t1, *times, self.t0])
         self.flow.nfe_backward = count + len(times)
         self._found_back(states[-1, 0])
-        return Path(S, scale, times, weights, states[1:-1], states[-1], end)
+        return Path(units, times, weights, states[1:-1], states[-1], end)
 
     def _found_back(self, x0: Tensor) -> None:
         """Whether the way back ended where the way there began: x is not kept but integrated backwards.
@@ -196,13 +190,12 @@ class Solve(Gate):
                 self.t0,
             )
 
-    def over(self, S: Tensor, visitor: Callable[[], V], keep: bool = True) -> tuple[Path, V]:
+    def over(self, path_of: Callable[[], Path], visitor: Callable[[], V]) -> tuple[Path, V]:
         """Send a visitor to every node, with as many nodes as the tolerance asks for.
 
         Args:
-            S: the columns, (r, N, ...).
+            path_of: the solve, with as many nodes as the flow says now.
             visitor: makes a fresh one, for every attempt.
-            keep: whether the solve may be that of the sweep, and is kept.
 
         Returns:
             The path, and the visitor that has seen it all.
@@ -212,7 +205,7 @@ class Solve(Gate):
         """
         flow, before = self.flow, float("inf")
         while True:
-            path = self.path(S) if keep else self.solved(S)
+            path = path_of()
             total, found = torch.zeros_like(path.end), visitor()
             for node in path:
                 total.add_(found.visit(node), alpha=node.weight)
@@ -244,22 +237,28 @@ class _Backwards:
     """dx/dt and dS/dt.
 
     Args:
-        flow: the flow.
-        r: columns.
+        solve: the call.
     """
 
-    def __init__(self, flow: Flow, r: int) -> None:
-        self.flow, self.r = flow, r
+    def __init__(self, solve: Solve) -> None:
+        self.solve = solve
+        self.batched: bool | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         x = y[0].detach().requires_grad_()
-        with torch.enable_grad():
-            f = self.flow.func(t, x)
+        f = self.solve.field(t, x)
+        if self.batched is None:
+            self.batched = batches(f, len(y) - 1)
         out = torch.empty_like(y)
         out[0] = f.detach()
-        (pulled,) = columns(f, [x], y[1:])
+        (pulled,) = columns(f, [x], y[1:], self.batched)
         torch.neg(pulled, out=out[1:])
         return out
+
+
+def tensors_of(field: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once."""
+    return {**dict(field.named_parameters()), **dict(field.named_buffers())}
 
 
 class Adjoint(torch.autograd.Function):
@@ -285,9 +284,10 @@ class Adjoint(torch.autograd.Function):
         _, *params = ctx.saved_tensors  # says so if one was overwritten
         if solve.closed:
             return torch.zeros_like(a), None, *(None for _ in params)
-        with unheard():
-            path, found = solve.over(a[None], lambda: Gradient(solve, params), keep=False)
-        return path.begin[1] * path.scale, None, *(g.mul_(path.scale) for g in found.total)
+        params = solve.leaves(params)
+        with solve.flow.told(), unheard():
+            path, found = solve.over(lambda: solve.costate(a), lambda: Gradient(solve, params))
+        return path.pulled()[0], None, *(g.mul_(path.units[0]) for g in found.total)
 
 
 class Gradient:
@@ -309,7 +309,3 @@ class Gradient:
             if part is not None:
                 out.add_(part, alpha=node.weight)
         return torch.stack([f.detach(), -full(pulled, x)])
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

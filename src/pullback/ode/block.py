@@ -13,9 +13,10 @@ from pullback.ode.flow import Flow
 from pullback.ode.solver import Solver
 from pullback.ode.time import Time
 from pullback.tape.recorder import unheard
+from pullback.tape.solves import Solves
 
 
-class ODEBlock(nn.Module):
+class ODEBlock(nn.Module, Solves):
     r"""The map from x(t0) to x(t1) of a neural ODE.
 
     .. math:: \dot x = F(t, x, \theta)
@@ -42,7 +43,8 @@ class ODEBlock(nn.Module):
         penalty: c of the cost c/2 t^2 of each of these, whose gradient every backward pass through the block adds, and
             whose curvature and value the optimizers of this package know.
         every: learned times take part in every so many forward passes that record gradients.
-        shortest: the least t1 - t0 that learning may come to.
+        shortest: the least t1 - t0 that learning may come to; a step to less is refused.
+        longest: the most; a step beyond ends there.
 
     Attributes:
         flow: holds the field and the solver.
@@ -50,7 +52,7 @@ class ODEBlock(nn.Module):
 
     Raises:
         SolverError: in a forward or backward pass, if the ODE cannot be solved (with the time), or if learning has
-            driven t1 to t0, which is then put back. Weights are as they were.
+            driven t1 to t0, which a pass in training puts back. What an optimizer does about it: docs/ode.
         PullbackError: if torchdiffeq is not installed.
         ValueError: if an option is not of its kind.
 
@@ -94,6 +96,7 @@ class ODEBlock(nn.Module):
         penalty: float = 0.0,
         every: int = 1,
         shortest: float = 1e-2,
+        longest: float = math.inf,
     ) -> None:
         super().__init__()
         learn = [learn] if isinstance(learn, str) else list(learn)
@@ -107,11 +110,13 @@ class ODEBlock(nn.Module):
             raise ValueError(f"penalty must be finite and at least 0, got {penalty}.")
         if every < 1 or not shortest > 0:
             raise ValueError(f"every must be at least 1 and shortest positive, got {every} and {shortest}.")
+        if learn and not t1 - t0 <= longest:
+            raise ValueError(f"A learned interval may be at most longest={longest} long, got t1 - t0 = {t1 - t0}.")
         self.start = Time(t0, -1, penalty, every) if "t0" in learn else None
         self.flow = Flow(func, Solver(solver, rtol, atol, step), adjoint)
         self.end = Time(t1, 1, penalty, every) if "t1" in learn else None
         self._interval = (float(t0), float(t1))
-        self.shortest = shortest
+        self.shortest, self.longest = shortest, longest
 
     @property
     def func(self) -> nn.Module:
@@ -171,6 +176,7 @@ class ODEBlock(nn.Module):
             for time in (self.start, self.end):
                 if time is not None:
                     time.kept = time.value
+                    time.passes += 1  # of a pass that was solved: both times take part in the same ones
         return x
 
     def _recorded(self) -> tuple[float, float]:
@@ -184,24 +190,32 @@ class ODEBlock(nn.Module):
         with unheard():
             return self.flow.solver.solve(self.func, x, (start, stop))[0][-1]
 
-    @torch.no_grad()
     def _check(self) -> None:
-        """Put learned times back that have left their bounds.
+        """Keep learned times within their bounds: refuse too short an interval, and cut off one that is too long.
 
         Raises:
-            SolverError: if they had.
+            SolverError: if it is too short; a pass in training puts the times back.
         """
         if self.start is None and self.end is None:
             return
         t0, t1 = self.t0, self.t1
+        if self.longest < t1 - t0 < math.inf:
+            # The nearest times that are allowed, as in a projected step.
+            if self.end is not None:
+                self.end.t.detach().fill_(t0 + self.longest)
+            elif self.start is not None:
+                self.start.t.detach().fill_(t1 - self.longest)
+            return
+        training = self.training and torch.is_grad_enabled()
         if t1 - t0 >= self.shortest and math.isfinite(t1 - t0):
             return
-        for time in (self.start, self.end):
-            if time is not None:
-                time.t.fill_(time.kept)
+        words = f"drove the interval to t0 = {t0:.6g}, t1 = {t1:.6g}, shorter than {self.shortest}"
+        if training:
+            for time in (self.start, self.end):
+                if time is not None:
+                    time.t.detach().fill_(time.kept)
+            words += f"; they were put back to {self.t0:.6g} and {self.t1:.6g}"
         raise SolverError(
-            f"A step drove the interval to t0 = {t0:.6g}, t1 = {t1:.6g}, shorter than {self.shortest}; they were put "
-            f"back to {self.t0:.6g} and {self.t1:.6g}. Take a smaller penalty or learning rate for times, or a smaller "
-            "shortest=.",
+            f"A step {words}. Take a smaller penalty or learning rate for times, or a smaller shortest=.",
             t1,
         )

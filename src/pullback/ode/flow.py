@@ -12,12 +12,13 @@ from pullback.ode.adjoint import Adjoint, Solve
 from pullback.ode.solver import Solver
 from pullback.tape.plan import Unit
 from pullback.tape.recorder import unheard
+from pullback.tape.solves import Solves
 
 #: Quadrature nodes to begin with; doubled where they are too few.
 NODES = 4
 
 
-class Flow(nn.Module):
+class Flow(nn.Module, Solves):
     """Solves dx/dt = func(t, x) from one time to another.
 
     Args:

@@ -7,17 +7,19 @@ a linear layer's rows are outer products over the time grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from pullback.errors import CoverageError, MixingError
-from pullback.ode.adjoint import Node, Solve
+from pullback.ode.adjoint import Solve
 from pullback.ode.flow import Flow
-from pullback.ode.products import columns
+from pullback.ode.path import Node, along
+from pullback.ode.products import batches, columns
 from pullback.tape.call import CallFactor
 from pullback.tape.checks import missed, mixed_calls
 from pullback.tape.graph import Reached, reach
@@ -126,10 +128,11 @@ class Layers:
         self.units: list[Unit] = []
         self.factors: dict[int, list[CallFactor]] = {}
         self.weights: list[float] = []
+        self.batched: bool | None = None
 
     def visit(self, node: Node) -> Tensor:
-        """See :class:`~pullback.ode.adjoint.Visitor`."""
-        x = node.x.detach().requires_grad_()
+        """See :class:`~pullback.ode.path.Visitor`."""
+        x = node.x.clone().requires_grad_()  # layers keep it, and not the whole path
         f = self.solve.field(node.t, x)
         if f.grad_fn is None:
             raise CoverageError(
@@ -141,13 +144,18 @@ class Layers:
             if not self.units:
                 self.units = self._decided(f, found, node.S)
             found = found.only({id(unit.module) for unit in self.units})
-            pulled, *parts = columns(f, [x, *found.edges], node.S)
-        for part in parts:
-            part.mul_(node.weight * node.scale)
+            pulled, *parts = columns(f, [x, *found.edges], node.S, self._batches(f, len(node.S)))
+        # Never in place: to the summands of a + b autograd hands one and the same tensor.
+        parts = [part * along(node.weight * node.units, part) for part in parts]
         for key, factors in gather(found, parts, len(node.S)).items():
             self.factors.setdefault(key, []).extend(factors)
         self.weights.append(node.weight)
         return torch.cat([f.detach()[None], -pulled])
+
+    def _batches(self, f: Tensor, r: int) -> bool:
+        if self.batched is None:
+            self.batched = batches(f, r)
+        return self.batched
 
     def _decided(self, f: Tensor, found: Reached, S: Tensor) -> list[Unit]:
         """The units, as the tape decides them for a model and by the same checks; once per structure."""
@@ -220,7 +228,8 @@ def flow_rows(module: Flow, calls: Sequence[CallFactor], wanted: frozenset[str],
                     "axis, so their parameters have no rows; call them so, or solve with adjoint=True."
                 )
             with unheard(recorder):
-                _, seen = solve.over(call.factor(), _visitor(solve, recorder, params, N))
+                _, seen = solve.over(partial(solve.path, call.factor()), partial(Layers, solve, recorder, params, N))
+            solve.release()
             units = seen.units
             weights += seen.weights
             for key, own in seen.factors.items():
@@ -229,10 +238,6 @@ def flow_rows(module: Flow, calls: Sequence[CallFactor], wanted: frozenset[str],
         recorder.close()
     parts: list[Rows] = [TimedRows(unit.rows(factors[id(unit.module)], N), weights) for unit in units]
     return parts[0] if len(parts) == 1 else BesideRows(parts, f"ODE ({type(module.func).__name__})")
-
-
-def _visitor(solve: Solve, recorder: Recorder, params: Mapping[int, Tensor], N: int) -> Callable[[], Layers]:
-    return lambda: Layers(solve, recorder, params, N)
 
 
 register(Kind(Flow, flow_rows, whole=True))

@@ -24,6 +24,8 @@ FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
 #: Steps from one time asked for to the next after which a solve is given up.
 MOST_STEPS = 10_000
+#: Steps into numbers that are not finite, each tried again a fifth as long, after which a solve is given up.
+MOST_OVERSHOT = 20
 #: No error above this share passes for one of the solver.
 _LOOSE = 0.2
 #: Evaluations a step takes.
@@ -47,6 +49,7 @@ class Solver:
 
     Raises:
         ValueError: if an option is not of its kind.
+        PullbackError: if torchdiffeq is not installed.
     """
 
     method: str
@@ -65,6 +68,7 @@ class Solver:
             raise ValueError(f"step must be positive and finite, got {self.step}.")
         if self.step is not None and self.method in ADAPTIVE:
             raise ValueError(f"'{self.method}' chooses its own steps; leave step out, or take 'rk4'.")
+        _odeint()  # here rather than in the first step: it loads scipy, and is missed early if it is not there
 
     @property
     def tolerance(self) -> float:
@@ -98,7 +102,7 @@ class Solver:
             raise SolverError(
                 f"t0 = t1 = {times[0]:.6g}: the block would do nothing; give it an interval with t1 > t0.", times[0]
             )
-        watched = _Watched(velocity, times[0])
+        watched = _Watched(velocity, times[0], self)
         t = torch.tensor(times, dtype=torch.float64, device=x.device)
         options: dict[str, Any]
         if self.method in ADAPTIVE:
@@ -141,23 +145,35 @@ class Solver:
         f = velocity(t[0].to(x.dtype), x)
         scale = self.atol + self.rtol * x.abs()
         d0, d1 = (float(velocity.norm(v / scale)) for v in (x, f))
-        h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        if not math.isfinite(d0 + d1) and not bool((torch.isfinite(f) & torch.isfinite(x)).all()):
+            raise velocity.not_finite(self)  # no step is short enough for that
+        h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or not math.isfinite(d0 + d1) else 0.01 * d0 / d1
         h = min(h, abs(float(t[-1] - t[0])))
         g = velocity((t[0] + way * h).to(x.dtype), x + way * h * f)
         d2 = float(velocity.norm((g - f) / scale)) / h
         largest = max(d1, d2)
         if not math.isfinite(largest):
-            return h  # the solver itself says what is wrong
+            return h  # too long, but torchdiffeq shortens what overshoots
         second = max(1e-6, 1e-3 * h) if largest <= 1e-15 else (0.01 / largest) ** (1 / ADAPTIVE[self.method])
         return min(100 * h, second)
 
 
 class _Watched:
-    """The function torchdiffeq integrates; knows where it is, for messages."""
+    """The function torchdiffeq integrates; knows where it is, for messages.
 
-    def __init__(self, velocity: Velocity, start: float) -> None:
-        self.velocity = velocity
-        self.count = 0
+    Args:
+        velocity: dx/dt.
+        start: the first time.
+        solver: who asks.
+
+    Attributes:
+        count: evaluations, those of steps that were not taken included.
+        overshot: steps that were tried into numbers that are not finite.
+    """
+
+    def __init__(self, velocity: Velocity, start: float, solver: Solver) -> None:
+        self.velocity, self.solver = velocity, solver
+        self.count = self.overshot = 0
         self.at = start
         self.last: Tensor | None = None
 
@@ -173,17 +189,30 @@ class _Watched:
         return f
 
     def callback_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        """A step begins."""
-        self.at = float(t)
+        """A step is tried.
+
+        Raises:
+            SolverError: if too many have overshot: the solution or the field itself is not finite there.
+        """
+        now = float(t)
+        if now == self.at and not self._finite():  # the step before was not taken
+            self.overshot += 1
+            if self.overshot > MOST_OVERSHOT:
+                raise self.not_finite(self.solver)
+        self.at = now
 
     @staticmethod
     def norm(t: Tensor) -> Tensor:
-        """Root mean square."""
-        return t.detach().square().mean().sqrt()
+        """Root mean square; infinite for NaN, so that an error that is none makes a step shorter and not the last."""
+        return t.detach().square().mean().sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def _finite(self) -> bool:
+        """Whether the field was finite where it was evaluated last."""
+        return self.last is None or bool(torch.isfinite(self.last).all())
 
     def gave_up(self, words: str, solver: Solver) -> SolverError:
         """What to say when torchdiffeq stops."""
-        if (self.last is not None and not bool(torch.isfinite(self.last).all())) or "non-finite" in words:
+        if not self._finite() or "non-finite" in words:
             return self.not_finite(solver)
         if "max_num_steps" in words:
             why = f"took {MOST_STEPS} steps and is still at t = {self.at:.6g}"

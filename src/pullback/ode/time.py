@@ -51,6 +51,7 @@ class Time(nn.Module, Penalised):
     Attributes:
         t: the parameter, without axes.
         kept: the last value at which the block could be evaluated.
+        passes: of the block so far that recorded gradients and were solved; the block counts them.
     """
 
     def __init__(self, t: float, sign: int, penalty: float, every: int) -> None:
@@ -66,6 +67,14 @@ class Time(nn.Module, Penalised):
     def value(self) -> float:
         """The time."""
         return float(self.t.detach())
+
+    def get_extra_state(self) -> Tensor:
+        """What a state_dict holds beside the time: the passes so far, and the last value that was good."""
+        return torch.tensor([self.passes, self.kept], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from :meth:`get_extra_state`."""
+        self.passes, self.kept = int(state[0]), float(state[1])
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -86,8 +95,7 @@ class Time(nn.Module, Penalised):
             x = leg(x, reference, self.value) if self.sign > 0 else leg(x, self.value, reference)
         if velocity is None or not torch.is_grad_enabled():
             return x
-        self.passes += 1
-        if not self.t.requires_grad or (self.passes - 1) % self.every:
+        if not self.t.requires_grad or self.passes % self.every:
             return x.view_as(x)
         hooks = self.t._post_accumulate_grad_hooks or {}  # a copied parameter has lost them
         if self.penalty and not any(isinstance(hook, Pull) for hook in hooks.values()):

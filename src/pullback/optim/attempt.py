@@ -12,6 +12,7 @@ from torch import Tensor
 from pullback.control import Direction, mix, solve
 from pullback.errors import SolverError
 from pullback.optim.options import Momentum
+from pullback.optim.ridge import along
 from pullback.optim.search import Clock
 from pullback.optim.system import System
 
@@ -104,12 +105,14 @@ class OpenLoop:
     def attempt(self, mu: float) -> Attempt:
         """See :class:`Policy`."""
         system = self.system
-        system.sharpen(mu)
+        system.sharpen(mu + system.ridge)
         direction = self._direction(mu)
         joint = len(system.solvers) == 1 and self.momentum is None
         alpha = 1.0 if joint else direction.scale
         step, Us, slope, norm2 = system.move(direction, alpha, self.rates)
-        predicted = decrease(self.e0, Us, slope, mu * norm2, system.lin.exact, self.whole)
+        pulled = along(system.ridge, system.params, step)
+        predicted = decrease(self.e0, Us, slope - pulled, mu * norm2, system.lin.exact, self.whole)
+        predicted -= pulled + 0.5 * system.ridge * norm2
         self.clock.mark("solve")
         note, after = "", None
         if self.trial is not None:
@@ -119,21 +122,22 @@ class OpenLoop:
                 note, after = str(error), math.inf
         self.clock.mark("trial")
         spaces = tuple(f"{solver.name} {solver.outcome}" for solver in system.solvers)
-        return Attempt(step, direction.mu, alpha, slope, predicted, after, spaces, int(self.trial is not None), note)
+        return Attempt(step, mu, alpha, slope, predicted, after, spaces, int(self.trial is not None), note)
 
     def _direction(self, mu: float) -> Direction:
         system = self.system
+        whole = mu + system.ridge
         if self.momentum is None or not self.previous:
-            return solve(system.solvers, system.gradients, mu)
+            return solve(system.solvers, system.gradients, whole)
         previous = system.packed(self.previous)
         if self.momentum.kind == "spring":
-            shift = [[self.momentum.decay * part for part in parts] for parts in previous]
-            return solve(system.solvers, system.gradients, mu, shift)
-        return mix(solve(system.solvers, system.gradients, mu), system.solvers, system.gradients, previous)
+            shift = [[self.momentum.decay * mu / whole * part for part in parts] for parts in previous]
+            return solve(system.solvers, system.gradients, whole, shift)
+        return mix(solve(system.solvers, system.gradients, whole), system.solvers, system.gradients, previous)
 
 
 def decrease(e0: Tensor, Us: Tensor, slope: float, mass: float, exact: bool, whole: bool) -> float:
-    """Decrease promised by the model, without the mu term where the metric is exact (theory 3).
+    """Decrease of the terms promised by the model, without the mu term where the metric is exact (theory 3).
 
     Args:
         e0: residual.

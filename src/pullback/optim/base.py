@@ -19,14 +19,16 @@ from pullback.curvature import (
     check_mass,
     check_partition,
 )
-from pullback.errors import ManifoldError, StepError
+from pullback.errors import StepError
 from pullback.manifolds import Manifold
 from pullback.metric import Criteria, Metrics
 from pullback.optim.attempt import OpenLoop, Policy
 from pullback.optim.checks import check_options
 from pullback.optim.coverage import Treated
 from pullback.optim.damping import AMPLE, DampingControl
+from pullback.optim.held import refuse_pulls, refuse_strays, tangent
 from pullback.optim.options import Damping, Momentum
+from pullback.optim.ridge import Ridge, check_ridge
 from pullback.optim.search import Clock, Search
 from pullback.optim.system import System
 from pullback.optim.taped import Taped
@@ -57,6 +59,8 @@ class PullbackOptimizer(Taped):
             (``solver="auto"``), swept column by column (``sweep="auto"``), or refused.
         lr: factor on the step; 1 is the minimiser of the quadratic model.
         weight_decay: decoupled: weights are multiplied by ``1 - lr * weight_decay`` after a step that was kept.
+        ridge: c of a cost c/2 |w|^2 of all weights beside the loss, which gradient, curvature, trials and records know
+            (``weight_decay`` of torch's Adam has its gradient): maximum a posteriori under a normal prior.
         sweep: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``: how factor columns are pulled back.
             ``"auto"`` chooses by time, so that two runs may differ in rounding; name one for bitwise
             reproducible runs.
@@ -95,15 +99,19 @@ class PullbackOptimizer(Taped):
         memory: float | None = None,
         lr: float = 1.0,
         weight_decay: float = 0.0,
+        ridge: float = 0.0,
         sweep: str = "auto",
         batch_norm: str = "refuse",
         fallback: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         params: Iterable[Any] | None = None,
     ) -> None:
-        check_options(type(self).__name__, model, damping, momentum, solver, memory, lr=lr, weight_decay=weight_decay)
+        rates = {"lr": lr, "weight_decay": weight_decay, "ridge": ridge}
+        check_options(type(self).__name__, model, damping, momentum, solver, memory, **rates)
+        check_ridge(ridge, mass, fallback is not None)
         self.partition = check_partition(self._partition if partition is None else partition)
         self.mass = check_mass(mass)
+        self.ridge = Ridge(ridge)
         super().__init__(
             model,
             criterion,
@@ -125,6 +133,7 @@ class PullbackOptimizer(Taped):
         self._masses: dict[Tensor, Tensor] = {}
 
     def _advance(self, terms: list[Term], loss: float, finite: bool, closure: Callable[[], Any] | None) -> None:
+        loss += self.ridge.cost(self._params())
         # The loss is asked first: it is at hand, the rest reads every input and every weight.
         overshot = bool(terms) and self._control.overshot(loss)
         if overshot and inputs_finite(terms) and untouched(self.param_groups, self._control, self._held):
@@ -163,8 +172,10 @@ class PullbackOptimizer(Taped):
         policy = self._policy(lin, closure, loss, clock)
         strays = self._strays({id(p) for block in lin.blocks for p in block.params})
         ample = AMPLE * sum(block.n for block in lin.blocks) <= lin.R
+        before = self._before()
         self._control.start(policy.unit, loss, self._slopes(), lin.e0.dtype, ample)
         clock.mark("curvature")
+        self._moves(before)
         self.last = Search(policy, self._control, loss, self.damping.control == "gain", clock).run()
         self._finish(policy.params)
         if self._fallback is not None and strays:
@@ -175,24 +186,11 @@ class PullbackOptimizer(Taped):
         self._check_held()
 
     def _check_held(self) -> None:
-        """Refuse what would pull a constrained parameter off its manifold."""
-        for group in self.param_groups:
-            if group["weight_decay"] and any(id(p) in self._held for p in group["params"]):
-                name = next(self._tape.names.full.get(id(p), "?") for p in group["params"] if id(p) in self._held)
-                raise ManifoldError(
-                    f"Parameter '{name}' lives on a manifold, which weight_decay={group['weight_decay']} would leave; "
-                    "put it into a parameter group of its own with weight_decay=0."
-                )
+        refuse_pulls(self._held, self.param_groups, self.ridge.weight, self._tape.names.full)
 
     def _strays(self, seen: set[int]) -> list[Tensor]:
         strays = super()._strays(seen)
-        if self._held:
-            for p in strays:
-                if id(p) in self._held:
-                    raise ManifoldError(
-                        f"Parameter '{self._tape.names.full.get(id(p), '?')}' lives on a manifold but can be given no "
-                        "rows, and the fallback optimizer would move it off; freeze it or call its module by samples."
-                    )
+        refuse_strays(self._held, strays, self._tape.names.full)
         return strays
 
     def _policy(self, lin: Linearisation, closure: Callable[[], Any] | None, loss: float, clock: Clock) -> Policy:
@@ -207,6 +205,7 @@ class PullbackOptimizer(Taped):
             names=self._tape.names.full,
             largest=self._largest,
             workspace=self._workspace,
+            ridge=self.ridge.weight,
         )
         self._treated = [Treated(block.params, block.rule) for block in lin.blocks]
         return OpenLoop(
@@ -221,12 +220,22 @@ class PullbackOptimizer(Taped):
 
     def _slopes(self) -> dict[int, Tensor]:
         """The gradient by parameter; of a constrained one only what is tangent, for the rest is no slope."""
-        grads = self._gradients()
-        if self._held:
-            for p in (p for group in self.param_groups for p in group["params"]):
-                if id(p) in self._held and id(p) in grads:
-                    grads[id(p)] = self._held[id(p)].project(p, grads[id(p)])
-        return grads
+        params = self._params()
+        return tangent(self._held, self.ridge.sloped(self._gradients(), params), params)
+
+    def _keep_state(self) -> object:
+        steps = {p: s["step"] for p, s in self.state.items() if "step" in s}
+        return self._control.copy(), steps
+
+    def _put_back(self, kept: object) -> None:
+        assert isinstance(kept, tuple)
+        self._control, steps = kept
+        self._control.taken = None  # it was judged when the step that failed began
+        if self._control.mu is not None:
+            self._control.fail()
+        for p, state in self.state.items():
+            state.pop("step", None)
+            state.update({"step": steps[p]} if p in steps else {})
 
     def _previous(self) -> dict[int, Tensor]:
         """The previous step by parameter."""
@@ -272,6 +281,9 @@ class PullbackOptimizer(Taped):
         # They become state once the step is through: an exception on the way must leave no trace.
         self._masses.update(zip(block.params, (own.clone() for own in seen), strict=True))
         return block.pack(seen)
+
+    def _again(self, terms: list[Term], closure: Callable[[], Any] | None) -> Callable[[], Tensor] | None:
+        return self.ridge.tried(super()._again(terms, closure), self._params())
 
     def _trial(self, terms: list[Term], closure: Callable[[], Any] | None) -> Callable[[], Tensor] | None:
         """How a trial evaluates the loss; None if steps are taken untried."""

@@ -84,10 +84,11 @@ class ClosedLoop:
 
     def attempt(self, mu: float) -> Attempt:
         """See :class:`pullback.optim.attempt.Policy`."""
-        if self.groups.drowned(mu, self.unit):
+        whole = mu + self.groups.ridge
+        if self.groups.drowned(whole, self.unit):
             self.tails.sharpen()
-        self.tails.factorise(mu)
-        loop = self._loop()
+        self.tails.factorise(whole)
+        loop = self._loop(mu / whole)
         joint = loop.joint()
         self.clock.mark("solve")
         products = loop.products(joint)
@@ -179,7 +180,8 @@ class ClosedLoop:
                 "draw no random numbers in the closure and do not change its data (or use GaussNewton)."
             )
 
-    def _loop(self) -> Loop:
+    def _loop(self, share: float = 1.0) -> Loop:
+        """The sweeps; ``share`` of all damping is towards the previous step."""
         order = self.route.order
         groups = self.groups
         rest = None
@@ -188,7 +190,7 @@ class ClosedLoop:
         scales = [groups.scales[k] for k in order]
         shift = None
         if self.momentum is not None and self.previous:
-            decay = self.momentum.decay
+            decay = share * self.momentum.decay
             packed = groups.packed(self.previous)
             shift = [[decay * part for part in packed[k]] for k in order]
         course = Course(self.route, groups.lin.terms, [groups.plain[k] for k in order])
@@ -218,14 +220,22 @@ class ClosedLoop:
     def _promise(self, loop: Loop, joint: Packed, products: Sequence[Tensor], mu: float) -> tuple[float, float]:
         """Slope along, and decrease promised for, the joint step; a sweep keeps it to first order (docs/theory 11)."""
         Us = torch.zeros_like(self.e0)
-        slope = norm2 = 0.0
+        slope = norm2 = pulled = 0.0
         for k, number in enumerate(self.route.order):
             rate = loop.rates[k]
             Us += rate * products[k]
+            if self.groups.ridge:
+                pulled += rate * self._pulled(loop.course.stages[k], joint[k])
             for g, d in zip(self.groups.gradients[number].g, joint[k], strict=True):
                 slope += rate * float(g @ d)
                 norm2 += rate**2 * float(d @ d)
-        return slope, decrease(self.e0, Us, slope, mu * norm2, self.groups.lin.exact, self.whole)
+        predicted = decrease(self.e0, Us, slope - pulled, mu * norm2, self.groups.lin.exact, self.whole)
+        return slope, predicted - pulled - 0.5 * self.groups.ridge * norm2
+
+    def _pulled(self, blocks: Sequence[Block], steps: Sequence[Tensor]) -> float:
+        """Slope of the ridge along steps that are not made yet."""
+        pairs = zip(blocks, steps, strict=True)
+        return self.groups.ridge * sum(float(block.pack([p.detach() for p in block.params]) @ d) for block, d in pairs)
 
 
 def _norm(packed: Packed) -> float:

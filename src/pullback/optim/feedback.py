@@ -70,7 +70,14 @@ class ClosedLoops:
             loss: loss before the step.
             clock: counts the phases.
         """
-        groups = Groups(lin, partition=opt.partition, mass=opt.mass, names=opt._tape.names.full, largest=opt._largest)
+        groups = Groups(
+            lin,
+            partition=opt.partition,
+            mass=opt.mass,
+            names=opt._tape.names.full,
+            largest=opt._largest,
+            ridge=opt.ridge.weight,
+        )
         key = key_of(lin.terms, groups.plain)
         known = key in self._routes
         route = self._routes[key] if known else Route(lin.terms, groups.plain)

@@ -85,13 +85,17 @@ class KroneckerGame(Kronecker):
             self.game.failed()
             raise
 
+    def _put_back(self, kept: object) -> None:
+        super()._put_back(kept)
+        self.game.failed()
+
     def _look(self, terms: list[Term], loss: float) -> None:
         if self._stages is None:
             self._begin(observed_stages(self.model, terms, self._tape.recorder.key, set(self._order())))
             if not self._stages:
                 raise StepError(
-                    "No two modules of this model are parallel, so nobody can play; name stages in Game(stages=...), "
-                    "or take Kronecker."
+                    "No two modules of this model are parallel, so nobody can play (those in the field of an ODE block "
+                    "have to be named); name stages in Game(stages=...), or take Kronecker."
                 )
         assert self._stages is not None
         structures = self.game.look(self._count, loss)

@@ -198,6 +198,7 @@ class Kronecker(Taped):
 
     def _move(self, loss: float, looked: bool) -> None:
         """Direction, length, momentum, weights; one number is read before anything is changed."""
+        before = self._before()
         blocks, grads = [], []
         for block in self._averages.blocks:
             own = [p.grad for p in block.params]
@@ -210,6 +211,7 @@ class Kronecker(Taped):
         if looked:
             self._stride.look()
         steps = self._stride.of(blocks, grads, directions)
+        self._moves(before)
         self._apply(blocks, steps)
         spaces = tuple(block.describe() for block in blocks) if looked else ()
         self.last = StepRecord(
@@ -234,6 +236,23 @@ class Kronecker(Taped):
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, [moves[id(p)] for p in params], alpha=-group["lr"])
+
+    def _keep_state(self) -> object:
+        """Velocity and stride; what a look has averaged is of weights that were solved for, and stays."""
+        velocity = {block: None if block.velocity is None else block.velocity.clone() for block in self.blocks}
+        return velocity, self._stride.keep()
+
+    def _put_back(self, kept: object) -> None:
+        """See the base class."""
+        assert isinstance(kept, tuple)
+        velocity, stride = kept
+        for block in self.blocks:
+            block.velocity = velocity.get(block)
+        agreement = self._stride.agreement
+        first = None if agreement is None else agreement.first
+        self._stride.put_back(stride)
+        if agreement is not None:
+            agreement.first = first
 
     # -- resuming ---------------------------------------------------------------------------------------
 

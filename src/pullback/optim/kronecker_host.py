@@ -38,6 +38,7 @@ class KroneckerHost:
     def __init__(self, inner: Kronecker) -> None:
         self.optimizer: Kronecker = inner
         inner._tape.close()
+        inner._guard = None  # steps are guarded by who takes them
         self._terms: list[Term] = []
         self._loss = 0.0
 

@@ -217,6 +217,7 @@ class OCNOpt(Taped):
         if self._kronecker is not None:
             self._kronecker.note(terms, loss)
         if not self.feedback:
+            self._moves(self._before())
             self.host.advance()
             self.last = None if self._kronecker is None else self._kronecker.optimizer.last
             return
@@ -255,6 +256,7 @@ class OCNOpt(Taped):
         course = round_.course
         share, clamped = 1.0, 0
         alone = None if self.form == "mean" else self._beside(course.terms, course.stages)
+        self._moves(self._before())
         with self._whole(params) as before:
             self.host.prepare([block for blocks in course.stages for block in blocks])
             self.host.advance()
@@ -346,6 +348,15 @@ class OCNOpt(Taped):
         scaling = super()._scaling(closure)
         self._scale = 1.0 if scaling is None else scaling.scale
         return scaling
+
+    def _keep_state(self) -> object:
+        return self.host.keep() if self._kronecker is None else self._kronecker.optimizer._keep_state()
+
+    def _put_back(self, kept: object) -> None:
+        if self._kronecker is None:
+            self.host.put_back(kept)
+        else:
+            self._kronecker.optimizer._put_back(kept)
 
     def _share(self) -> None:
         """Let the host work on our groups and our state."""

@@ -88,6 +88,7 @@ class Options(TypedDict, total=False):
     memory: float | None
     lr: float
     weight_decay: float
+    ridge: float
     sweep: str
     batch_norm: str
     fallback: Callable[[list[Tensor]], torch.optim.Optimizer] | None

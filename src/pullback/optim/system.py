@@ -41,6 +41,7 @@ class Groups:
         mass: the mass D.
         names: name of every parameter by id.
         largest: keeps the largest diagonal of a block seen so far (for the Marquardt mass).
+        ridge: c of a cost c/2 |w|^2 of the weights.
 
     Attributes:
         plain: blocks of every group.
@@ -58,9 +59,11 @@ class Groups:
         mass: Mass,
         names: Mapping[int, str],
         largest: Callable[[Block, Tensor], Tensor],
+        ridge: float = 0.0,
     ) -> None:
         self.lin = lin
-        whole = lin.gradient(lin.blocks)
+        self.ridge = ridge
+        whole = lin.gradient(lin.blocks, ridge)
         if not all(map(math.isfinite, scalars([g @ g for g in whole.g]))):
             raise StepError("A gradient is not finite; no step was taken.")
         scales = scales_of(lin.blocks, mass, names, largest)
@@ -134,6 +137,7 @@ class System(Groups):
         budget: bytes the factors and the matrices of all groups may take, None for the default.
         names: name of every parameter by id.
         largest: keeps the largest diagonal of a block seen so far (for the Marquardt mass).
+        ridge: c of a cost c/2 |w|^2 of the weights.
         workspace: where large matrices live between steps.
 
     Attributes:
@@ -152,8 +156,9 @@ class System(Groups):
         names: Mapping[int, str],
         largest: Callable[[Block, Tensor], Tensor],
         workspace: Workspace,
+        ridge: float = 0.0,
     ) -> None:
-        super().__init__(lin, partition=partition, mass=mass, names=names, largest=largest)
+        super().__init__(lin, partition=partition, mass=mass, names=names, largest=largest, ridge=ridge)
         self.solvers: list[Solver] = []
         left = self.room(budget)
         for k, blocks in enumerate(self.blocks):

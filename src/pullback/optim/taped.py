@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback.errors import CoverageError, StepError
+from pullback.errors import CoverageError, SolverError, StepError
 from pullback.manifolds import Manifold, edition, manifolds_of, refuse_manifolds
 from pullback.metric import Criteria, Heads, Metrics, OutputMetric, Sampled
 from pullback.optim.checks import check_weights
@@ -19,6 +19,7 @@ from pullback.optim.coverage import Treated, report
 from pullback.optim.fallback import Fallback
 from pullback.optim.record import Coverage, StepRecord
 from pullback.optim.scaling import Scaling
+from pullback.optim.undone import Guarded
 from pullback.tape import (
     ClosureReplay,
     Region,
@@ -33,7 +34,7 @@ from pullback.tape import (
 )
 
 
-class Taped(torch.optim.Optimizer):
+class Taped(Guarded, torch.optim.Optimizer):
     """An optimizer that reads the linearisation of a model off the user's own backward pass.
 
     A subclass says in :meth:`_advance` what it does with it.
@@ -105,6 +106,7 @@ class Taped(torch.optim.Optimizer):
         self._autocast: Region | None = None
         self._first_root = 0
         self._held: Mapping[int, Manifold] = {}
+        self._begin_guard(model, self._tape.recorder)
         self._hold()
 
     @abstractmethod
@@ -143,6 +145,8 @@ class Taped(torch.optim.Optimizer):
         """Remove the hooks from model and criterion. Happens by itself when the optimizer is collected."""
         self._closed = True
         self._tape.close()
+        if self._guard is not None:
+            self._guard.clear()
         self._treated = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -161,7 +165,17 @@ class Taped(torch.optim.Optimizer):
             StepError: if there is nothing to step on, or the loss or a gradient is not finite. Weights are
                 then as they were.
             CoverageError: if a parameter has a gradient that the tape cannot account for.
+            SolverError: if an equation in the model has no solution. See :meth:`undo`; with a closure, that is done
+                here, and the closure run again.
         """
+        while True:
+            try:
+                return self._once(closure)
+            except SolverError as error:
+                if closure is None or not self.undo(error):
+                    raise
+
+    def _once(self, closure: Callable[[], Any] | None) -> Tensor | None:
         scaling = self._scaling(closure)
         loss = None if closure is None else self._run(closure)
         terms, finite = self._tape.terms, self._tape.finite
@@ -171,14 +185,14 @@ class Taped(torch.optim.Optimizer):
         if finite and not terms and not self._idle():
             raise StepError(self._why_empty())
         if scaling is not None:
-            scaling.undo(terms, [p for group in self.param_groups for p in group["params"]])
+            scaling.undo(terms, self._params())
         before = loss if loss is not None else (_loss_of(terms) if terms else None)
         value = math.nan if before is None or not finite else float(before)
         finite = finite and (before is None or math.isfinite(value))
         device = self.param_groups[0]["params"][0].device.type
         if self._edition != edition():
             self._hold()
-        with torch.no_grad(), self._tape.recorder.paused(), without_autocast(device):
+        with torch.no_grad(), self._tape.recorder.paused(), without_autocast(device), self._guarded():
             self._advance(terms, value, finite, closure)
         if torch.is_autocast_enabled(device):
             torch.clear_autocast_cache()  # it holds casts of the old weights
@@ -188,6 +202,8 @@ class Taped(torch.optim.Optimizer):
         """State to resume from: torch's own, ours, the random stream of a sampled metric."""
         out = super().state_dict()
         out["pullback"] = self._state()
+        if self._guard is not None:
+            out["pullback"] |= self._guard.saved()
         out["pullback"]["generators"] = [m.state() for m in self._sketches()]
         if self._fallback is not None:
             out["pullback"]["fallback"] = self._fallback.state(self._order())
@@ -197,6 +213,8 @@ class Taped(torch.optim.Optimizer):
         """Resume from :meth:`state_dict`."""
         state_dict = dict(state_dict)
         own = state_dict.pop("pullback", {})
+        if self._guard is not None:
+            self._guard.load(own)
         super().load_state_dict(state_dict)
         self._load(own)
         for sketch, state in zip(self._sketches(), own.get("generators", ()), strict=False):
@@ -251,7 +269,7 @@ class Taped(torch.optim.Optimizer):
 
     def _run(self, closure: Callable[[], Any]) -> Tensor:
         self._tape.clear()
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         self._rng = torch.get_rng_state()
         self._autocast = region_of(params[0].device.type)
         self._first_root = self._tape.recorder.roots

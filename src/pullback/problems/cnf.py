@@ -109,13 +109,12 @@ class FlowField(nn.Module):
             Velocities (N, d) and f_z times the tangents (N, k, d).
         """
         times = t.expand(len(z), 1)
-        both = torch.cat([z[:, None], tangents], 1)
         for k, (weight, shift) in enumerate(zip(self.weights, self.shifts, strict=True)):
-            both = weight(both)
-            z, tangents = both[:, 0] + shift(times), both[:, 1:]
+            # Two calls rather than one: what goes back from the velocity alone does not meet the tangents.
+            z, tangents = weight(z) + shift(times), weight(tangents)
             if k + 1 < len(self.weights):
                 z = z.tanh()
-                both = torch.cat([z[:, None], tangents * (1 - z.square())[:, None]], 1)
+                tangents = tangents * (1 - z.square())[:, None]
         return z, tangents
 
 

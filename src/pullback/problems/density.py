@@ -38,6 +38,7 @@ def circles(
     batch_size: int | None = None,
     trace: Trace = "exact",
     solver: str = "dopri5",
+    steps: int = 8,
     tolerance: float = 1e-5,
     adjoint: bool = True,
     learn_t1: bool = False,
@@ -55,6 +56,7 @@ def circles(
         batch_size: Rows per step, or None for all.
         trace: "exact", or "hutchinson" for a random estimate in training.
         solver: Method of torchdiffeq.
+        steps: Steps of a solver of fixed ones over the time 1.
         tolerance: Relative tolerance of an adaptive solver; flows contract, and their way back multiplies errors.
         adjoint: Whether gradients are solved backwards in time.
         learn_t1: Whether the time at which the flow ends is learned, from 1 on.
@@ -72,7 +74,7 @@ def circles(
         angle, radius = _turn(count, generator), 1.0 + (torch.arange(count) % 2)
         return _ring(angle, radius) + spread * _normal(count, generator)
 
-    block = {"adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
+    block = {"steps": steps, "adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
     model = _flow("circles", 2, width, depth, trace, solver, tolerance, **block)
     return _planar("circles", draw, points, model, batch_size, (2.0, 1.6))
 
@@ -87,6 +89,7 @@ def moons(
     batch_size: int | None = None,
     trace: Trace = "exact",
     solver: str = "dopri5",
+    steps: int = 8,
     tolerance: float = 1e-5,
     adjoint: bool = True,
     learn_t1: bool = False,
@@ -104,6 +107,7 @@ def moons(
         batch_size: Rows per step, or None for all.
         trace: "exact", or "hutchinson" for a random estimate in training.
         solver: Method of torchdiffeq.
+        steps: Steps of a solver of fixed ones over the time 1.
         tolerance: Relative tolerance of an adaptive solver; flows contract, and their way back multiplies errors.
         adjoint: Whether gradients are solved backwards in time.
         learn_t1: Whether the time at which the flow ends is learned, from 1 on.
@@ -123,7 +127,7 @@ def moons(
         other = upper.new_tensor([1.0, 0.5]) - upper
         return torch.lerp(upper, other, lower[:, None]) + spread * _normal(count, generator)
 
-    block = {"adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
+    block = {"steps": steps, "adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
     model = _flow("moons", 2, width, depth, trace, solver, tolerance, **block)
     return _planar("moons", draw, points, model, batch_size, (2.0, 1.5))
 

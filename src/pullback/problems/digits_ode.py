@@ -50,7 +50,7 @@ def digits_ode(
     tolerance: float = 1e-3,
     adjoint: bool = False,
     learn_t1: bool = False,
-    penalty: float = 0.03,
+    penalty: float = 0.1,
 ) -> Problem:
     """Handwritten digits of 8 x 8 pixels, 10 classes: convolution, ODE block of two convolutions, linear layer.
 

@@ -1,17 +1,19 @@
 r"""Neural ODEs that read a series while they run, for classes of series.
 
-.. math:: z(0) = A\, X(0) + a, \qquad \dot z = \kappa \tanh(W \tanh(V (z, X(t)) + v) + w), \qquad
-   \text{scores} = C z(1) + c
+.. math:: z(0) = A\, X(0) + a, \qquad \text{scores} = C z(1) + c, \qquad \dot z = \kappa\, G(z)\, X'(t)
+   \quad\text{or}\quad \dot z = \kappa \tanh(W \tanh(V (z, X(t)) + v) + w)
 
-The state is driven by the value of the path X, where a neural controlled differential equation (Kidger, Morrill, Foster
-& Lyons 2020) takes its slope. The path is a short cosine series, :math:`X(t) = \sum_k c_k \cos(\pi k t)`: smooth, of
-one length whatever the length of the series, and known to the field through the state, which carries the coefficients
-along, so that a row is a sample of its own.
+The first is a neural controlled differential equation (Kidger, Morrill, Foster & Lyons 2020): a matrix made of the
+state, times the slope of the path. The second is driven by the value of the path. The path is a short cosine series,
+:math:`X(t) = \sum_k c_k \cos(\pi k t)`: smooth, of one length whatever the length of the series, with its slope in
+closed form, and known to the field through the state, which carries the coefficients along, so that a row is a sample
+of its own. The time is one of its channels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +47,42 @@ def cosines(series: Tensor, count: int, grid: int = 64) -> Tensor:
     return both @ basis.T / grid
 
 
-class DrivenField(nn.Module):
-    """z beside the coefficients of its path, which stay as they are.
+def standardise_paths(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Zero mean and unit variance per channel, over the training rows and the time.
+
+    The mean of a path over the time is its first coefficient, the square of every other cosine is one half in the mean.
+
+    Args:
+        train: Coefficients of the training rows, shape (N, channels, count).
+        others: Other rows, to be moved and scaled likewise.
+
+    Returns:
+        All of them, scaled; a channel that is constant in `train` is moved alone.
+    """
+    mean = train[:, :, 0].mean(0)
+    variance = (train[:, :, 0] - mean).square().mean(0) + 0.5 * train[:, :, 1:].square().sum(2).mean(0)
+    scale = torch.where(variance > 1e-24 * mean.square(), variance.sqrt(), torch.ones_like(variance))
+
+    def scaled(rows: Tensor) -> Tensor:
+        moved = rows.clone()
+        moved[:, :, 0] -= mean
+        return moved / scale[:, None]
+
+    return tuple(scaled(rows) for rows in (train, *others))
+
+
+class PathField(nn.Module):
+    """z beside the coefficients of its path, which stay as they are; subclasses say where z goes.
 
     Args:
         hidden: Numbers of z.
         channels: Of the path.
-        width: Hidden width.
-        pace: kappa: how far a number of z can go.
+        pace: kappa, a factor on the velocity.
     """
 
-    def __init__(self, hidden: int, channels: int, width: int, pace: float) -> None:
+    def __init__(self, hidden: int, channels: int, pace: float) -> None:
         super().__init__()
         self.hidden, self.channels, self.pace = hidden, channels, pace
-        self.inner, self.outer = nn.Linear(hidden + channels, width), nn.Linear(width, hidden)
 
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
         """The velocity.
@@ -72,10 +96,66 @@ class DrivenField(nn.Module):
         """
         z, flat = state[:, : self.hidden], state[:, self.hidden :]
         coefficients = flat.unflatten(1, (self.channels, -1))
-        waves = torch.arange(coefficients.shape[2], dtype=state.dtype, device=state.device)
-        path = coefficients @ (math.pi * t * waves).cos()
-        h = torch.tanh(self.inner(torch.cat([z, path], 1)))
-        return torch.cat([self.pace * torch.tanh(self.outer(h)), torch.zeros_like(flat)], 1)
+        rates = math.pi * torch.arange(coefficients.shape[2], dtype=state.dtype, device=state.device)
+        return torch.cat([self.pace * self.velocity(z, coefficients, rates, t), torch.zeros_like(flat)], 1)
+
+    def velocity(self, z: Tensor, coefficients: Tensor, rates: Tensor, t: Tensor) -> Tensor:
+        """The velocity of z but for its pace.
+
+        Args:
+            z: Shape (N, hidden).
+            coefficients: Of the path, shape (N, channels, count).
+            rates: pi k, shape (count,).
+            t: The time.
+
+        Returns:
+            Shape (N, hidden).
+        """
+        raise NotImplementedError
+
+
+class DrivenField(PathField):
+    """Driven by the value of the path.
+
+    Args:
+        hidden: Numbers of z.
+        channels: Of the path.
+        width: Hidden width.
+        pace: kappa: how far a number of z can go.
+    """
+
+    def __init__(self, hidden: int, channels: int, width: int, pace: float) -> None:
+        super().__init__(hidden, channels, pace)
+        self.inner, self.outer = nn.Linear(hidden + channels, width), nn.Linear(width, hidden)
+
+    def velocity(self, z: Tensor, coefficients: Tensor, rates: Tensor, t: Tensor) -> Tensor:
+        """See the base class."""
+        path = coefficients @ (rates * t).cos()
+        return torch.tanh(self.outer(torch.tanh(self.inner(torch.cat([z, path], 1)))))
+
+
+class ControlledField(PathField):
+    r"""Controlled by the slope of the path, :math:`G(z) = \tanh(W_2 \tanh(W_1 z + w_1) + w_2)` as a matrix.
+
+    Args:
+        hidden: Numbers of z, rows of G.
+        channels: Of the path, columns of G.
+        width: Hidden width.
+        pace: kappa: how far a number of z can go while a channel goes by one.
+    """
+
+    def __init__(self, hidden: int, channels: int, width: int, pace: float) -> None:
+        super().__init__(hidden, channels, pace)
+        self.inner, self.outer = nn.Linear(hidden, width), nn.Linear(width, hidden * channels)
+
+    def velocity(self, z: Tensor, coefficients: Tensor, rates: Tensor, t: Tensor) -> Tensor:
+        """See the base class."""
+        slope = coefficients @ (-rates * (rates * t).sin())
+        G = torch.tanh(self.outer(torch.tanh(self.inner(z)))).unflatten(1, (self.hidden, self.channels))
+        return torch.einsum("nhc,nc->nh", G, slope)
+
+
+FIELDS: dict[str, Callable[[int, int, int, float], PathField]] = {"driven": DrivenField, "cde": ControlledField}
 
 
 class Driven(nn.Module):
@@ -83,7 +163,7 @@ class Driven(nn.Module):
 
     Args:
         start: From X(0), shape (N, channels), to z(0).
-        block: The flow of a `DrivenField`.
+        block: The flow of a `PathField`.
         scores: From z(1) to scores.
     """
 

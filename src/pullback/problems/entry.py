@@ -44,6 +44,17 @@ class Entry:
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         return {key: value for key, value in every.items() if key != "data" and value.kind not in unnamed}
 
+    @property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The words an option may be, of options that say so; the default first."""
+        hints = typing.get_type_hints(self.factory)
+        words = {
+            key: [word for word in typing.get_args(hints[key]) if word != parameter.default]
+            for key, parameter in self.parameters.items()
+            if typing.get_origin(hints.get(key)) is typing.Literal
+        }
+        return {key: (str(self.parameters[key].default), *others) for key, others in words.items()}
+
     def make(self, options: Mapping[str, Value], data: Path | None = None) -> Problem:
         """Makes the problem.
 

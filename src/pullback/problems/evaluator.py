@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pullback.problems.odes import reading
 from pullback.problems.problem import Problem, Split
 from pullback.problems.record import Evaluation
 
@@ -44,6 +45,7 @@ class Evaluator:
             The loss on the training data.
         """
         problem = self._problem
+        trained = reading(model)  # Of the training pass, before those of the evaluation.
         was_training = model.training
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -51,7 +53,9 @@ class Evaluator:
             validation, score = (None, None) if problem.validation is None else self._both(model, problem.validation)
             test = None if problem.sealed else self._score(model)
         model.train(was_training)
-        self.history.append(Evaluation(seconds, steps, loss, test, validation, score))
+        if trained is not None and not trained.nfe:
+            trained = reading(model)
+        self.history.append(Evaluation(seconds, steps, loss, test, validation, score, *(trained or ())))
         if problem.sealed and validation is not None and validation < self._least:
             self._least, self._chosen = validation, copy.deepcopy(model.state_dict())
         return loss

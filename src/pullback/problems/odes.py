@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pullback.ode import ODEBlock
 from pullback.ode.solver import FIXED
-from pullback.problems.errors import SpecError, one_line
+from pullback.problems.errors import SpecError
 from pullback.problems.models import mlp
 from pullback.problems.preparation import at_least
 
@@ -60,7 +61,7 @@ def ode_block(
             penalty=penalty,
         )
     except ValueError as error:
-        raise SpecError(f"{owner}: {one_line(error)}") from error
+        raise SpecError(f"{owner}: {error}") from error
 
 
 class OwnClock(nn.Module):
@@ -148,6 +149,31 @@ def slow(field: nn.Sequential) -> nn.Sequential:
     return field
 
 
+class Reading(NamedTuple):
+    """What the ODE blocks of a model did.
+
+    Attributes:
+        nfe: Evaluations of the fields in the last forward pass.
+        t1: The time at which the first block ends now.
+    """
+
+    nfe: int
+    t1: float
+
+
+def reading(model: nn.Module) -> Reading | None:
+    """Reads the ODE blocks of a model.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The reading, None if there is no block.
+    """
+    end = end_time(model)
+    return None if end is None else Reading(evaluations(model), end)
+
+
 def evaluations(model: nn.Module) -> int:
     """How often the fields of a model were evaluated in its last forward pass.
 
@@ -155,7 +181,7 @@ def evaluations(model: nn.Module) -> int:
         model: Any model.
 
     Returns:
-        The sum over its ODE blocks, 0 if there are none.
+        The sum over its ODE blocks, of each its last call; 0 if there are none.
     """
     return sum(module.nfe for module in model.modules() if isinstance(module, ODEBlock))
 

@@ -17,12 +17,14 @@ from pullback.problems.odes import Observed, OwnClock, ode_block, small_field
 from pullback.problems.preparation import at_least
 from pullback.problems.problem import Problem, Split
 from pullback.problems.registry import register
+from pullback.problems.trajectories import Trajectories
 
 _FILE = Path("series") / "hudson-bay-lynx-hare.csv.gz"
 _REMEDY = "put hudson-bay-lynx-hare.csv of github.com/stan-dev/example-models, gzipped, in DATA/series."
 _FIELDS = ("lotka-volterra", "neural")
 #: Thousands of pelts: with this unit all rates are of the order of one per year.
 _UNIT = 30.0
+_FIRST = 1900
 
 
 class LotkaVolterra(nn.Module):
@@ -142,6 +144,7 @@ def lynx_hare(
         dtype=torch.float64,
         targets=(0.1, 0.06) if field == "lotka-volterra" else (0.1, 0.03),
         description=f"lynx and hare, {field} field, squared error of the logarithms",
+        trajectories=_shown(years, logs, ahead),
     )
 
 
@@ -153,6 +156,23 @@ def _ahead(logs: Tensor, ahead: int) -> Split:
         inputs.append(torch.cat([now, torch.full_like(now[:, :1], years)], 1))
         targets.append(logs[years:])
     return torch.cat(inputs), torch.cat(targets)
+
+
+def _shown(years: Tensor, logs: Tensor, ahead: int) -> Trajectories:
+    """All years from 1900, or the years ahead of every `ahead`-th one."""
+    last = len(logs) - 1
+    starts = torch.arange(0, last, ahead or last)
+    return Trajectories(
+        times=_FIRST + years[:, 0],
+        observed=logs,
+        pieces=logs[starts] if ahead else logs[:1, :0],
+        begins=_FIRST + years[starts, 0],
+        lengths=(last - starts).clamp(max=ahead or last).to(logs.dtype),
+        names=("hare", "lynx"),
+        unit="thousands of pelts",
+        time="year",
+        view=lambda states: _UNIT * states.exp(),
+    )
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:

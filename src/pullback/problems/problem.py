@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pullback.problems.budget import Budget
 from pullback.problems.errors import SpecError, nearest, one_line
 from pullback.problems.target import ValidationTarget
+from pullback.problems.trajectories import Trajectories
 
 Split: TypeAlias = tuple[Tensor, Tensor]
 Metric: TypeAlias = Callable[[Tensor, Tensor], float]
@@ -80,8 +81,9 @@ class Problem:
         description: One line.
         budget: How long to train if nothing is said; 20 epochs with mini-batches and 200 steps without, if
             None.
+        trajectories: What a picture of the trained model shows, None for none.
         redraw: The same problem with the data of a seed, where every seed has its own; its train, reported,
-            validation, test and test_metric are taken. None if the data are the same for all seeds.
+            validation, test, test_metric and trajectories are taken. None if the data are the same for all seeds.
 
     Raises:
         SpecError: If the parts do not fit together.
@@ -104,6 +106,7 @@ class Problem:
     validation_targets: tuple[ValidationTarget, ...] = ()
     description: str = ""
     budget: Budget | None = None
+    trajectories: Trajectories | None = None
     redraw: Callable[[int], Problem] | None = None
 
     def __post_init__(self) -> None:
@@ -179,6 +182,7 @@ class Problem:
             validation=drawn.validation,
             test=drawn.test,
             test_metric=drawn.test_metric,
+            trajectories=drawn.trajectories,
             redraw=None,
         )
 
@@ -206,11 +210,13 @@ class Problem:
             The model.
 
         Raises:
-            SpecError: If `make_model` raises.
+            SpecError: If `make_model` raises; its own, or what else it raised in words.
         """
         torch.manual_seed(seed)
         try:
             return self.make_model(seed).to(self.dtype).train()
+        except SpecError:
+            raise
         except Exception as error:
             raise SpecError(f"make_model of {self.name} raised {one_line(error)}") from error
 

@@ -24,6 +24,9 @@ class Evaluation(NamedTuple):
         test: The test metric, or None if the problem has no test data or keeps them sealed until the end.
         validation: The criterion on the validation data, or None if there are none.
         validation_score: The test metric on the validation data, or None if there are none.
+        nfe: Evaluations of vector fields in the last forward pass of the step (before the first step: of the
+            evaluation), or None if the model has no ODE block.
+        t1: The time at which the first ODE block ends, or None.
     """
 
     seconds: float
@@ -32,6 +35,8 @@ class Evaluation(NamedTuple):
     test: float | None
     validation: float | None = None
     validation_score: float | None = None
+    nfe: int | None = None
+    t1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,16 @@ class Run:
         return _finite(self.history[-1].validation_score) if self.history else None
 
     @property
+    def nfe(self) -> int | None:
+        """The last number of evaluations of vector fields in a forward pass, None without ODE blocks."""
+        return self.history[-1].nfe if self.history else None
+
+    @property
+    def t1(self) -> float | None:
+        """The last time at which the first ODE block ended, None without ODE blocks."""
+        return self.history[-1].t1 if self.history else None
+
+    @property
     def ms_per_step(self) -> float | None:
         """Charged milliseconds per step, None before the first step."""
         return 1e3 * self.seconds / self.steps if self.steps else None
@@ -150,7 +165,8 @@ class Run:
             "best_loss": self.best_loss,
             "test": self.test,
             "validation_score": self.validation_score,
-            "history": [[plain(number) for number in evaluation] for evaluation in self.history],
+            "history": [[plain(number) for number in evaluation[:6]] for evaluation in self.history],
+            "ode": None if self.nfe is None else _over_time(self.history),
             "reached": {name_of(level): seconds for level, seconds in self.reached.items()},
             "steps_to": {name_of(level): steps for level, steps in self.steps_to.items()},
             "failure": self.failure,
@@ -201,6 +217,12 @@ class InterruptedRun(KeyboardInterrupt):
     def __init__(self, run: Run) -> None:
         super().__init__(INTERRUPTED)
         self.run = run
+
+
+def _over_time(history: tuple[Evaluation, ...]) -> Json:
+    return {
+        key: [plain(getattr(evaluation, key)) for evaluation in history] for key in ("seconds", "step", "nfe", "t1")
+    }
 
 
 def _finite(number: float | None) -> float | None:

@@ -12,12 +12,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pullback.errors import SolverError
 from pullback.problems.budget import Budget
 from pullback.problems.clock import Clock
 from pullback.problems.errors import MissingExtraError, SpecError, one_line
 from pullback.problems.evaluator import Evaluator
 from pullback.problems.least_squares import Solver
 from pullback.problems.machine import measuring
+from pullback.problems.odes import reading
 from pullback.problems.optimizer_entry import Stepper
 from pullback.problems.optimizer_spec import OptimizerSpec, parse_optimizer
 from pullback.problems.optimizers import optimizer_entry
@@ -38,6 +40,9 @@ class Progress:
         seconds: Charged seconds.
         fraction: The part of the budget that is used; one or more after the last step.
         loss: The training loss last evaluated.
+        nfe: Evaluations of vector fields in the last forward pass of the step, None without ODE blocks.
+        t1: The time at which the first ODE block ends, None without ODE blocks.
+        model: The model, as it is now; not to be changed.
     """
 
     label: str
@@ -46,6 +51,9 @@ class Progress:
     seconds: float
     fraction: float
     loss: float
+    nfe: int | None = None
+    t1: float | None = None
+    model: nn.Module | None = None
 
 
 Observer: TypeAlias = Callable[[Progress], None]
@@ -80,7 +88,7 @@ def run(
 
     Returns:
         The record; a loss that is not finite or an exception from a step ends the run and is recorded as its
-        failure.
+        failure. A step after which an ODE cannot be solved is undone by optimizers that can, and the run goes on.
 
     Raises:
         SpecError: If the optimizer or an option does not exist or is refused.
@@ -184,9 +192,9 @@ class _Trial:
         failure = None
         while not self.finished and failure is None:
             with self.clock:
-                loss = self._step(model, criterion, optimizer, *next(source))
+                loss = self._stepped(model, criterion, optimizer, *next(source))
             self.trials += getattr(getattr(optimizer, "last", None), "trials", 0)
-            failure = self._after_step(model, loss)
+            failure = self._after_step(model, loss, optimizer)
         return failure
 
     def _drive(self, model: nn.Module, solver: Solver) -> str | None:
@@ -207,22 +215,45 @@ class _Trial:
             solver.solve(*self.problem.train, self.problem.loss_scale, tick)
         return failure
 
-    def _after_step(self, model: nn.Module, loss: float) -> str | None:
+    def _after_step(self, model: nn.Module, loss: float, optimizer: Stepper | None = None) -> str | None:
         """Counts, evaluates if due and tells; what is wrong, or None."""
         self.steps += 1
-        seconds = self.clock.seconds
+        seconds, ode = self.clock.seconds, reading(model)
         fraction = self.budget.fraction(seconds, self.steps, self.steps_per_epoch)
         near = any(not isinstance(level, ValidationTarget) and loss <= level for level in self.missing)
         if self.schedule.due(seconds, self.steps) or fraction >= 1 or near or not math.isfinite(loss):
-            self.last = self.evaluator.evaluate(model, seconds, self.steps)
+            self.last = self._evaluated(model, seconds, optimizer)
             if not math.isfinite(self.last):
                 return f"the training loss is {self.last}"
             self.missing = {level for level in self.missing if not met(level, self.evaluator.history[-1])}
         self.finished = fraction >= 1 or (self.bounded and not self.missing)
         if self.progress is not None:
             used = 1.0 if self.finished else fraction
-            self.progress(Progress(self.spec.label, self.seed, self.steps, seconds, used, self.last))
+            nfe, t1 = ode or (None, None)
+            self.progress(Progress(self.spec.label, self.seed, self.steps, seconds, used, self.last, nfe, t1, model))
         return None
+
+    def _evaluated(self, model: nn.Module, seconds: float, optimizer: Stepper | None) -> float:
+        """The training loss; if the last step has left an ODE without a solution, before it."""
+        training = model.training
+        try:
+            return self.evaluator.evaluate(model, seconds, self.steps)
+        except SolverError as error:
+            model.train(training)
+            if not _undone(optimizer, error):
+                raise
+        return self.evaluator.evaluate(model, seconds, self.steps)
+
+    def _stepped(
+        self, model: nn.Module, criterion: nn.Module, optimizer: Stepper, inputs: Tensor, targets: Tensor
+    ) -> float:
+        """A step and its loss; the loss is nan if instead the step before was undone, which counts as one."""
+        try:
+            return self._step(model, criterion, optimizer, inputs, targets)
+        except SolverError as error:
+            if not _undone(optimizer, error):
+                raise
+            return math.nan
 
     def _step(
         self, model: nn.Module, criterion: nn.Module, optimizer: Stepper, inputs: Tensor, targets: Tensor
@@ -263,6 +294,12 @@ def _levels(until: Target | Iterable[Target] | None) -> set[Target]:
     if until is None:
         return set()
     return {until} if isinstance(until, int | float | ValidationTarget) else set(until)
+
+
+def _undone(optimizer: object, error: SolverError) -> bool:
+    """Whether the step that led to an error was undone, so that training can go on."""
+    undo: Callable[[SolverError], bool] | None = getattr(optimizer, "undo", None)
+    return undo is not None and undo(error)
 
 
 def _stop(loss: float) -> None:

@@ -1,42 +1,49 @@
-"""Classes of series: four sets of the UEA and UCR archives with their official split, by driven neural ODEs."""
+"""Classes of series: four sets of the UEA and UCR archives with their split, by neural controlled and driven ODEs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pullback.problems import driven
 from pullback.problems.data import data_folder
-from pullback.problems.driven import Driven, DrivenField
-from pullback.problems.errors import DataError, missing_extra
+from pullback.problems.driven import FIELDS, Driven
+from pullback.problems.errors import DataError, SpecError, missing_extra
 from pullback.problems.models import seeded
 from pullback.problems.odes import ode_block
 from pullback.problems.preparation import at_least
 from pullback.problems.problem import Problem
 from pullback.problems.registry import register
 
+Field = Literal["cde", "driven"]
+
+_PACES: dict[Field, float] = {"cde": 1.0, "driven": 4.0}
+_KINDS: dict[Field, str] = {"cde": "neural CDE", "driven": "driven neural ODE"}
 _FOLDER = "ts_classification"
 _TARGETS = (0.3, 0.1, 0.03)
 _OPTIONS = """
     Args:
+        field: "cde" for a matrix of the state times the path's slope, "driven" for a field that reads its value.
         cosines: Of the path, for each channel.
         hidden: Numbers of the state.
         width: Hidden width of the field.
-        pace: Factor on the field.
+        pace: Factor on the field; None for 1 with "cde" and 4 with "driven".
         batch_size: Rows per step, or None for all.
         solver: Method of torchdiffeq.
         steps: Steps of a solver of fixed ones.
         tolerance: Relative tolerance of an adaptive solver.
         adjoint: Whether gradients are solved backwards in time; few steps are quicker without.
+        learn_t1: Whether the time at which the flow ends is learned, from 1 on.
+        penalty: c of its cost c/2 t1^2, which the reported losses leave out.
         data: Folder that contains ``ts_classification/``, or None for the environment variable PULLBACK_DATA.
 
     Returns:
-        The problem: inputs (N, channels + 1, cosines) float32, coefficients of the series as they are in the archive
-        and of the time; cross-entropy; official split.
+        The problem: inputs (N, channels + 1, cosines) float32, coefficients of the series and of the time, every
+        channel standardised by the training rows; cross-entropy; official split.
 
     Raises:
         DataError: If the data folder or the file is missing or damaged.
@@ -53,7 +60,16 @@ def _remedy(file: str) -> str:
 
 
 def _set(
-    name: str, file: str, about: str, cosines: int, hidden: int, width: int, batch_size: int | None, steps: int
+    name: str,
+    file: str,
+    about: str,
+    *,
+    field: Field,
+    cosines: int,
+    hidden: int,
+    width: int,
+    batch_size: int | None = None,
+    steps: int,
 ) -> Callable[..., Problem]:
     """Registers one set; the arguments behind the words are the defaults of its options."""
     size = batch_size
@@ -61,17 +77,23 @@ def _set(
     @register(name)
     def problem(
         *,
+        field: Field = field,
         cosines: int = cosines,
         hidden: int = hidden,
         width: int = width,
-        pace: float = 4.0,
+        pace: float | None = None,
         batch_size: int | None = size,
         solver: str = "rk4",
         steps: int = steps,
         tolerance: float = 1e-3,
         adjoint: bool = False,
+        learn_t1: bool = False,
+        penalty: float = 0.1,
         data: Path | None = None,
     ) -> Problem:
+        if field not in FIELDS:
+            raise SpecError(f"field of {name} cannot be {field!r}; give {' or '.join(FIELDS)}.")
+        kind = _KINDS[field]
         for option, value in (("cosines", cosines), ("hidden", hidden), ("width", width)):
             at_least(name, option, value)
         remedy = _remedy(f"{file}.npz")
@@ -79,8 +101,10 @@ def _set(
         channels, classes = x.shape[1], int(y.max()) + 1
 
         def model() -> nn.Module:
-            field = DrivenField(hidden, channels, width, pace)
-            block = ode_block(name, field, solver, tolerance, adjoint=adjoint, steps=steps)
+            own = FIELDS[field](hidden, channels, width, _PACES[field] if pace is None else pace)
+            block = ode_block(
+                name, own, solver, tolerance, adjoint=adjoint, steps=steps, learn_t1=learn_t1, penalty=penalty
+            )
             return Driven(nn.Linear(channels, hidden), block, nn.Linear(hidden, classes))
 
         return Problem(
@@ -91,35 +115,31 @@ def _set(
             criterion=nn.CrossEntropyLoss(),
             batch_size=batch_size,
             targets=_TARGETS,
-            description=f"{file}, driven neural ODE, cross-entropy",
+            description=f"{file}, {kind}, cross-entropy",
         )
 
-    problem.__doc__ = f"""{about}: driven neural ODE, {"full batch" if size is None else "mini-batches"}.
+    problem.__doc__ = f"""{about}: {_KINDS[field]}, {"full batch" if size is None else "mini-batches"}.
 {_OPTIONS}"""
     return problem
 
 
 japanese_vowels = _set(
-    "japanese-vowels",
-    "JapaneseVowels",
-    "JapaneseVowels, 9 speakers from 12 channels of 7 to 29 values",
-    8,
-    16,
-    32,
-    64,
-    8,
-)
+    "japanese-vowels", "JapaneseVowels", "JapaneseVowels, 9 speakers from 12 channels of 7 to 29 values",
+    field="driven", cosines=8, hidden=16, width=32, batch_size=64, steps=8,
+)  # fmt: skip
 articulary_words = _set(
     "articulary-words", "ArticularyWordRecognition",
-    "ArticularyWordRecognition, words from 9 channels of 144 values, 25 classes", 12, 24, 48, 64, 10,
+    "ArticularyWordRecognition, words from 9 channels of 144 values, 25 classes",
+    field="cde", cosines=12, hidden=24, width=48, batch_size=64, steps=10,
 )  # fmt: skip
 italy_power = _set(
-    "italy-power", "ItalyPowerDemand",
-    "ItalyPowerDemand, the half of the year from 24 values, 2 classes", 12, 6, 12, None, 10,
+    "italy-power", "ItalyPowerDemand", "ItalyPowerDemand, the half of the year from 24 values, 2 classes",
+    field="cde", cosines=12, hidden=6, width=12, steps=10,
 )  # fmt: skip
 arrow_head = _set(
-    "arrow-head", "ArrowHead", "ArrowHead, kinds of arrow from outlines of 251 values, 3 classes", 24, 8, 16, None, 16
-)
+    "arrow-head", "ArrowHead", "ArrowHead, kinds of arrow from outlines of 251 values, 3 classes",
+    field="cde", cosines=24, hidden=8, width=16, steps=16,
+)  # fmt: skip
 
 
 def _read(path: Path, count: int, remedy: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -136,7 +156,8 @@ def _read(path: Path, count: int, remedy: str) -> tuple[tuple[Tensor, Tensor], t
     except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}); {remedy}") from error
     (x, y), (x_test, y_test) = ((paths, torch.as_tensor(labels).long()) for paths, labels in parts)
-    return (x, y), (x_test, y_test)
+    x, x_test = driven.standardise_paths(x, x_test)
+    return (x.float(), y), (x_test.float(), y_test)
 
 
 def _paths(series: Any, count: int) -> Tensor:
@@ -147,4 +168,4 @@ def _paths(series: Any, count: int) -> Tensor:
         if not kept.shape[1]:
             raise ValueError("a series without values")
         found.append(driven.cosines(kept, count))
-    return torch.stack(found).float()
+    return torch.stack(found)

@@ -13,6 +13,7 @@ from pullback.problems.odes import Observed, OwnClock, ode_block, small_field
 from pullback.problems.preparation import at_least, data_generator
 from pullback.problems.problem import Problem, Split
 from pullback.problems.registry import register
+from pullback.problems.trajectories import Trajectories
 
 #: x' = A x^3, entry by entry (Chen, Rubanova, Bettencourt & Duvenaud 2018, their code's first example).
 _A = ((-0.1, 2.0), (-2.0, -0.1))
@@ -28,6 +29,7 @@ def spirals(
     noise: float = 0.0,
     width: int = 32,
     solver: str = "dopri5",
+    steps: int = 20,
     tolerance: float = 1e-5,
     adjoint: bool = True,
 ) -> Problem:
@@ -43,6 +45,7 @@ def spirals(
         noise: Standard deviation of the errors of the training targets.
         width: Hidden width of the field.
         solver: Method of torchdiffeq.
+        steps: Steps of a solver of fixed ones over the longest time.
         tolerance: Relative tolerance of an adaptive solver.
         adjoint: Whether gradients are solved backwards in time.
 
@@ -59,7 +62,7 @@ def spirals(
 
     def model() -> nn.Module:
         field = OwnClock(small_field(2, width, torch.float64))
-        return Observed(nn.Identity(), ode_block("spirals", field, solver, tolerance, adjoint=adjoint))
+        return Observed(nn.Identity(), ode_block("spirals", field, solver, tolerance, adjoint=adjoint, steps=steps))
 
     def drawn(seed: int) -> Problem:
         generator = data_generator(seed)
@@ -75,6 +78,14 @@ def spirals(
             test_metric="rmse",
             targets=(1e-2, 1e-3, 1e-4),
             description="spirals of a cubic field, flow of a tanh field, squared error",
+            trajectories=Trajectories(
+                times=x[:, 2],
+                observed=y + errors,
+                pieces=x[::points, :2],
+                begins=torch.zeros(trajectories, dtype=x.dtype),
+                lengths=torch.full((trajectories,), horizon, dtype=x.dtype),
+                names=("x1", "x2"),
+            ),
             redraw=drawn,
         )
 

@@ -104,6 +104,8 @@ class Summary:
         trials: Trials per step, None for optimizers that try nothing.
         ms_per_step: Charged milliseconds per step.
         seconds: Charged seconds.
+        nfe: Evaluations of vector fields in the last forward pass, None without ODE blocks.
+        t1: The time at which the first ODE block ended, None without ODE blocks.
         reached: For each target level, when it was reached.
     """
 
@@ -117,6 +119,8 @@ class Summary:
     trials: Quartiles | None
     ms_per_step: Quartiles | None
     seconds: Quartiles | None
+    nfe: Quartiles | None
+    t1: Quartiles | None
     reached: dict[Target, Arrival]
 
     def to_json(self) -> Json:
@@ -157,6 +161,8 @@ def _summary(label: str, runs: Sequence[Run]) -> Summary:
         trials=Quartiles.of(run.trials_per_step for run in whole),
         ms_per_step=Quartiles.of(run.ms_per_step for run in whole),
         seconds=Quartiles.of(run.seconds for run in whole),
+        nfe=Quartiles.of(run.nfe for run in whole),
+        t1=Quartiles.of(run.t1 for run in whole),
         reached={level: Arrival.of(runs, level) for level in levels},
     )
 

@@ -82,6 +82,15 @@ class Gate(ABC):
     closed: bool = False
 
     @abstractmethod
+    def arrive(self, S: Tensor, weights: Tensor | None) -> None:
+        """Be told the columns at the output, so that what they share is done once for all who will ask.
+
+        Args:
+            S: shape (r, *shape of the output).
+            weights: the costate of the user's own pass as a sum of them, sample by sample, (r, N); None if not known.
+        """
+
+    @abstractmethod
     def pull(self, S: Tensor) -> Tensor:
         """The factor at the first input tensor, (r, *its shape), from that at the output, (r, *its shape)."""
 

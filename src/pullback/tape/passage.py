@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pullback.errors import StepError
 from pullback.tape.call import Entry, wide, without_autocast
+from pullback.tape.nest import tensors
 from pullback.tape.ports import Ports, by_sample
 from pullback.tape.term import Term
 
@@ -89,8 +91,8 @@ class Passage:
         self._runs += 1
         self._root = self._roots[self._runs] if self._runs < len(self._roots) else None
 
-    def enters(self, module: nn.Module, given: list[Tensor]) -> None:
-        """A module is called."""
+    def enters(self, module: nn.Module, given: Any) -> None:
+        """A module is called, with a nest of tensors."""
         if self._root is None or id(module) not in self._heard:
             return
         turn = self._turns.get(id(module), 0)
@@ -112,8 +114,8 @@ class Passage:
             with torch.no_grad(), without_autocast(self._device):
                 self._arrived(cut)
 
-    def leaves(self, module: nn.Module, returned: list[Tensor]) -> None:
-        """A module has returned."""
+    def leaves(self, module: nn.Module, returned: Any) -> None:
+        """A module has returned a nest of tensors."""
         if self._root is None or id(module) not in self._heard:
             return
         # The call entered last, if its entry was heard; others in between were left by an exception.
@@ -127,7 +129,8 @@ class Passage:
         if stop is not None:
             self._note(stop.returned, returned)
 
-    def _note(self, wanted: Sequence[tuple[int, int, int]], values: list[Tensor]) -> None:
+    def _note(self, wanted: Sequence[tuple[int, int, int]], nest: Any) -> None:
+        values = tensors(nest) if wanted else []
         for t, v, index in wanted:
             ports = self.ports[t]
             value = values[index] if index < len(values) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,14 +114,21 @@ class Names:
             self.full.setdefault(id(p), name)
 
     def ancestors(self, places: Iterable[tuple[str, str]]) -> list[str]:
-        """Modules that hold all the places, the nearest first; '' is the model."""
-        split = [owner.split(".") if owner else [] for owner, _ in places]
-        common = []
-        for parts in zip(*split, strict=False):
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
-        return [".".join(common[:k]) for k in range(len(common), -1, -1)]
+        """Modules that hold all the places, the nearest first; '' is the model.
+
+        A module that stands at several places itself holds what is in it at all of them.
+        """
+        chains = [list(_upwards(owner)) for owner, _ in places]
+        common = [{id(self.modules[name]) for name in chain} for chain in chains]
+        return [name for name in chains[0] if all(id(self.modules[name]) in held for held in common)]
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """A module's name and those of the modules it is in; '' is the model."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def usable_calls(calls: Iterable[Call], N: int, mixed: set[int]) -> dict[int, list[Call]]:

@@ -64,6 +64,9 @@ class Hook:
             if not _untraced:
                 _untraced.append(sys.modules["torch._dynamo"].disable(lambda function, *a: function(*a)))
             return _untraced[0](self._call, *args)
+        ears = getattr(_inside, "ears", None)
+        if ears is not None and ears[0] is None:  # most calls, where a module integrates
+            return None
         return self._call(*args)
 
     def _call(self, *args: Any) -> Any:
@@ -119,11 +122,11 @@ class Listener(Protocol):
     def begins(self) -> None:
         """The model is called."""
 
-    def enters(self, module: nn.Module, given: list[Tensor]) -> None:
-        """A module is called."""
+    def enters(self, module: nn.Module, given: Any) -> None:
+        """A module is called, with a nest of tensors."""
 
-    def leaves(self, module: nn.Module, returned: list[Tensor]) -> None:
-        """A module has returned."""
+    def leaves(self, module: nn.Module, returned: Any) -> None:
+        """A module has returned a nest of tensors."""
 
 
 class Recorder:
@@ -215,7 +218,7 @@ class Recorder:
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.listener is not None:
-            self.listener.enters(module, tensors((args, kwargs)))
+            self.listener.enters(module, (args, kwargs))
             return None
         if not self.active:
             return None
@@ -235,8 +238,8 @@ class Recorder:
             notes(get_gradient_edge(alias).node).setdefault(self.key + ".in", (entry, index))
             return alias
 
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # by far the most common
-            return (aliased(args[0]),), kwargs
+        if not kwargs and all(isinstance(t, Tensor) for t in args):  # by far the most common
+            return tuple(map(aliased, args)), kwargs
         return mapped(aliased, (args, kwargs))
 
     def _closes(self, call: Call, output: Any) -> None:
@@ -250,7 +253,7 @@ class Recorder:
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.listener is not None:
-            self.listener.leaves(module, tensors(output))
+            self.listener.leaves(module, output)
             return None
         if not self.active:
             return None
@@ -295,7 +298,7 @@ class Recorder:
 
     def _root_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.listener is not None:
-            self.listener.leaves(module, tensors(output))
+            self.listener.leaves(module, output)
             return None
         if not self.active:
             return None

@@ -22,7 +22,7 @@ from pullback.tape import sweep
 from pullback.tape.call import Gate, region_of, wide, without_autocast
 from pullback.tape.checks import NotFiniteError, missed, mixed_calls, refuse_mixing
 from pullback.tape.fold import can_fold, folded
-from pullback.tape.gates import gates_of, through
+from pullback.tape.gates import gates_of, through, weights_of
 from pullback.tape.graph import Reached, path_to, reach
 from pullback.tape.memory import Room, Sizes, memory_budget
 from pullback.tape.nest import mapped, tensors
@@ -236,7 +236,9 @@ class Tape:
         every, found = found, found.only(plan.modules)
         between = [] if plan.wires is None else plan.wires.edges(every)
         strategy = self._room().affordable(plan.sizes, S, N, plan.strategy, self.strategy == "auto")
-        columns = self._columns(strategy, use, found, S.to(use.z.dtype), between, gates_of(every))
+        gates = gates_of(every)
+        weights = weights_of(S, costate, e0, N) if gates else None
+        columns = self._columns(strategy, use, found, S.to(use.z.dtype), between, gates, weights)
         return Term(
             use=use,
             exact=metric.exact,
@@ -259,6 +261,7 @@ class Tape:
         S: Tensor,
         between: Sequence[GradientEdge] = (),
         gates: Sequence[tuple[Gate, GradientEdge]] = (),
+        weights: Tensor | None = None,
     ) -> list[Tensor]:
         if strategy == "fold":
             model = self._model()
@@ -267,7 +270,7 @@ class Tape:
         way = sweep.vmap if strategy == "vmap" else sweep.loop
         try:
             if gates:
-                return through(way, use.edge, [*found.edges, *between], S, gates)
+                return through(way, use.edge, [*found.edges, *between], S, gates, weights)
             return way(use.edge, [*found.edges, *between], S)
         except PullbackError:
             raise
@@ -308,6 +311,10 @@ class Tape:
         units = assign(self.names, usable, trained, strays=strays)
         self._sized(units, use, found, S, N)  # the check itself makes rows
         wrong = missed(units, use, found, N, costate)
+        gates = gates_of(found)
+        if wrong and gates:
+            # An integral that was refined on the way, by a later call of the same module: now all are as fine.
+            wrong = missed(units, use, found, N, costate)
         if wrong:
             # A parameter that is also used outside the calls of its module: ask the whole model.
             units = assign(self.names, usable, trained, set(wrong), strays)
@@ -327,7 +334,6 @@ class Tape:
         wiring = self.recorder.wiring
         wires = None if wiring == "none" else wires_of(use, found, N, {id(unit.module) for unit in units})
         plan = self._sized(units, use, found, S, N, wires)
-        gates = gates_of(found)
         found = found.only(plan.modules)
         if self.strategy == "auto":
             room = self._room()

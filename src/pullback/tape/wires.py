@@ -109,6 +109,8 @@ class Wires:
     outputs: list[set[int]] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     _cuts: dict[int, Cut] = field(default_factory=dict)
+    _straight: dict[tuple[int, int], bool] = field(default_factory=dict)
+    _before: list[set[int]] = field(default_factory=list)
 
     def edges(self, found: Reached) -> list[GradientEdge]:
         """Edges of the needed tensors in the graph of this step."""
@@ -164,16 +166,24 @@ class Wires:
 
     def _direct(self, w: int, v: int) -> bool:
         """Whether what lies between v and w is on no way from v to w through other tensors."""
-        between = [u for u in range(len(self.after)) if u != v and any(w == x for x, _ in self.after[u])]
-        return not any(self._reaches(v, u) for u in between)
+        if (w, v) not in self._straight:
+            if not self._before:
+                self._before = [set() for _ in self.after]
+                for u, following in enumerate(self.after):
+                    for x, _ in following:
+                        if x != END:
+                            self._before[x].add(u)
+            self._straight[w, v] = not any(self._reaches(v, u) for u in self._before[w] if u != v)
+        return self._straight[w, v]
 
     def _reaches(self, v: int, w: int) -> bool:
+        """Whether there is a way from v to w; all on it is seen no later than w."""
         stack, done = [v], {v}
         while stack:
             for x, _ in self.after[stack.pop()]:
                 if x == w:
                     return True
-                if x != END and x not in done:
+                if x != END and x not in done and self.moments[x] <= self.moments[w]:
                     done.add(x)
                     stack.append(x)
         return False
