@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pullback.plotting.stability import save_action, save_twins
-from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib, save_figure
+from pullback.plotting.style import COLOURS, RATIO, legend_below, panels, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,14 +35,7 @@ def plot_rates(found: Certificate, title: str) -> Figure:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        figure.suptitle(title, fontsize=16)
+    with panels(2, 13, 5.2, title) as (figure, (left, right)):
         _draw_rates(left, found)
         _draw_losses(right, found)
         for ax in (left, right):
@@ -109,20 +102,12 @@ def plot_pairs(report: Twins, title: str) -> Figure:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.0), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        figure.suptitle(f"{title}, n = {report.n}", fontsize=16)
+    with panels(2, 13, 5.0, f"{title}, n = {report.n}") as (figure, (left, right)):
         _draw_pairs(left, report, "distance")
         _draw_pairs(right, report, "loss")
         left.set_title("distance of the weights", fontsize=15)
         right.set_title("largest change of a loss", fontsize=15)
-        lines = {line.get_label(): line for ax in (left, right) for line in ax.get_legend_handles_labels()[0]}
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False)
+        legend_below(figure, (left, right))
     return figure
 
 

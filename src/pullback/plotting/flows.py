@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pullback.plotting.style import COLOURS, STYLE, require_matplotlib, save_figure
+from pullback.plotting.style import COLOURS, panels, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +30,10 @@ def plot_flow(run: FlowRun, title: str) -> Figure:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15, 4.8), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        figure.suptitle(f"{title}: {run.regime}, D {run.shape[0]} x {run.shape[1]} of rank {run.rank}", fontsize=16)
+    with panels(3, 15, 4.8, f"{title}: {run.regime}, D {run.shape[0]} x {run.shape[1]} of rank {run.rank}") as (
+        figure,
+        (left, middle, right),
+    ):
         _draw_cost(left, run)
         _draw_values(middle, run)
         _draw_outputs(right, run)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pullback.plotting.style import COLOURS, RATIO, STYLE, require_matplotlib, save_figure
+from pullback.plotting.style import COLOURS, RATIO, panels, save_figure
 from pullback.problems.record import INTERRUPTED, Comparison, Run
 
 if TYPE_CHECKING:
@@ -40,16 +40,9 @@ def plot_loss(result: Comparison) -> Figure:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
     labels = dict.fromkeys(run.label for run in result.runs)
     groups = {label: [run for run in result.runs if run.label == label] for label in labels}
-    # Figure rather than pyplot: no global state, no window, nothing to close.
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.6), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
+    with panels(2, 13, 5.6, sharey=True) as (figure, axes):
         for ax, over in zip(axes, ("seconds", "steps"), strict=True):
             panel = _Panel.of(ax, result.runs, over)
             for number, (label, group) in enumerate(groups.items()):

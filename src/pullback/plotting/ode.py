@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pullback.plotting.style import COLOURS, STYLE, require_matplotlib, save_figure
+from pullback.plotting.style import COLOURS, STYLE, panels, save_figure
 from pullback.problems.cnf import FlowNLL, likelihood
 from pullback.problems.problem import Problem
 from pullback.problems.record import INTERRUPTED, Comparison
@@ -210,15 +210,9 @@ def _legend_below(ax: Axes) -> None:
 
 
 def _panels(count: int, width: float = 6.4, shares: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * count, 4.8), layout="constrained")
-        axes = list(figure.subplots(1, count, squeeze=False, width_ratios=shares)[0])
-    for ax in axes:
-        ax.grid(visible=True, which="major", color="0.92", linewidth=1)
+    with panels(count, width * count, 4.8, width_ratios=shares) as (figure, axes):
+        for ax in axes:
+            ax.grid(visible=True, which="major", color="0.92", linewidth=1)
     return figure, axes
 
 

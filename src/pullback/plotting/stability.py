@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pullback.plotting.style import COLOURS, STYLE, require_matplotlib, save_figure
+from pullback.plotting.style import COLOURS, legend_below, panels, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,20 +35,12 @@ def plot_twins(scaling: Scaling, title: str) -> Figure:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        figure.suptitle(title, fontsize=16)
+    with panels(2, 13, 5.4, title) as (figure, (left, right)):
         _draw_twins(left, scaling, "distance")
         _draw_twins(right, scaling, "loss")
         left.set_title(f"distance of the weights\nmeasured {scaling.distance}", fontsize=14)
         right.set_title(f"largest change of a loss\nmeasured {scaling.loss}", fontsize=14)
-        lines = {line.get_label(): line for ax in (left, right) for line in ax.get_legend_handles_labels()[0]}
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False)
+        legend_below(figure, (left, right))
     return figure
 
 
@@ -89,16 +81,9 @@ def plot_action(steps: Sequence[Action], title: str) -> Figure:
         MissingExtraError: If matplotlib is not installed.
         ValueError: If there is no step.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
-
     if not steps:
         raise ValueError("There is no step to draw; put recorder.observe() around opt.step().")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        figure.suptitle(title, fontsize=16)
+    with panels(2, 13, 4.8, title) as (figure, (left, right)):
         _draw_modules(left, steps)
         _draw_defects(right, steps)
     return figure

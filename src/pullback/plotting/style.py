@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pullback.problems.errors import missing_extra
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without its yellow, told apart by colour-blind eyes and on a projector.
@@ -35,6 +38,50 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise missing_extra("drawing", "matplotlib", "plotting") from error
+
+
+@contextmanager
+def panels(
+    count: int, width: float, height: float, title: str = "", **options: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with panels side by side, to be drawn on inside the context, where the style holds.
+
+    Args:
+        count: How many.
+        width: Of the figure, in inches.
+        height: Likewise.
+        title: What stands above all of them; empty for nothing.
+        **options: Of `Figure.subplots`.
+
+    Yields:
+        The figure and its axes.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        # Rather than pyplot: no global state, no window, nothing to close.
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = list(figure.subplots(1, count, squeeze=False, **options)[0])
+        if title:
+            figure.suptitle(title, fontsize=16)
+        yield figure, axes
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 2) -> None:
+    """One legend for all panels under them, each label once.
+
+    Args:
+        figure: Where it goes.
+        axes: Whose lines it names.
+        columns: In how many columns.
+    """
+    lines = {str(line.get_label()): line for ax in axes for line in ax.get_legend_handles_labels()[0]}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
