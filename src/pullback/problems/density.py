@@ -28,29 +28,10 @@ _REMEDY = (
 _TESTED = 1024
 
 
-@register("circles")
-def circles(
-    *,
-    points: int = 512,
-    noise: float = 0.08,
-    width: int = 24,
-    depth: int = 2,
-    batch_size: int | None = None,
-    trace: Trace = "exact",
-    solver: str = "dopri5",
-    steps: int = 8,
-    tolerance: float = 1e-5,
-    adjoint: bool = True,
-    learn_t1: bool = False,
-    penalty: float = 0.03,
-) -> Problem:
-    """Density of two circles in the plane: continuous normalizing flow, tanh field 2-24-24-2, full batch, float64.
-
-    Radii 1 and 2, standardised. The loss is the negative log-likelihood in nats per point. The seed draws the points.
-
+_OPTIONS = """
     Args:
         points: Training points; the test has 1024 others.
-        noise: Standard deviation of their distance from the circles.
+        noise: Standard deviation of their distance from the curves.
         width: Hidden width of the field.
         depth: Hidden layers of the field.
         batch_size: Rows per step, or None for all.
@@ -68,68 +49,85 @@ def circles(
     Raises:
         SpecError: If an option makes no sense.
     """
-    spread = _positive("circles", "noise", noise)
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        angle, radius = _turn(count, generator), 1.0 + (torch.arange(count) % 2)
-        return _ring(angle, radius) + spread * _normal(count, generator)
-
-    block = {"steps": steps, "adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
-    model = _flow("circles", 2, width, depth, trace, solver, tolerance, **block)
-    return _planar("circles", draw, points, model, batch_size, (2.0, 1.6))
 
 
-@register("moons")
-def moons(
-    *,
-    points: int = 512,
-    noise: float = 0.08,
-    width: int = 24,
-    depth: int = 2,
-    batch_size: int | None = None,
-    trace: Trace = "exact",
-    solver: str = "dopri5",
-    steps: int = 8,
-    tolerance: float = 1e-5,
-    adjoint: bool = True,
-    learn_t1: bool = False,
-    penalty: float = 0.03,
-) -> Problem:
-    """Density of two moons in the plane: continuous normalizing flow, tanh field 2-24-24-2, full batch, float64.
+def _planar(
+    name: str, about: str, curves: Callable[[int, torch.Generator], Tensor], targets: tuple[float, ...]
+) -> Callable[..., Problem]:
+    """Registers the density of points near some curves in the plane."""
 
-    Half circles of radius 1 that reach into each other, standardised; otherwise as ``circles``.
+    @register(name)
+    def problem(
+        *,
+        points: int = 512,
+        noise: float = 0.08,
+        width: int = 24,
+        depth: int = 2,
+        batch_size: int | None = None,
+        trace: Trace = "exact",
+        solver: str = "dopri5",
+        steps: int = 8,
+        tolerance: float = 1e-5,
+        adjoint: bool = True,
+        learn_t1: bool = False,
+        penalty: float = 0.03,
+    ) -> Problem:
+        at_least(name, "points", points)
+        if not (noise > 0 and math.isfinite(noise)):
+            raise SpecError(f"noise of {name} is {noise}; give a positive number.")
+        block = {"steps": steps, "adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
+        model = _flow(name, 2, width, depth, trace, solver, tolerance, **block)
 
-    Args:
-        points: Training points; the test has 1024 others.
-        noise: Standard deviation of their distance from the half circles.
-        width: Hidden width of the field.
-        depth: Hidden layers of the field.
-        batch_size: Rows per step, or None for all.
-        trace: "exact", or "hutchinson" for a random estimate in training.
-        solver: Method of torchdiffeq.
-        steps: Steps of a solver of fixed ones over the time 1.
-        tolerance: Relative tolerance of an adaptive solver; flows contract, and their way back multiplies errors.
-        adjoint: Whether gradients are solved backwards in time.
-        learn_t1: Whether the time at which the flow ends is learned, from 1 on.
-        penalty: c of its cost c/2 t1^2, which the reported losses leave out.
+        def draw(count: int, generator: torch.Generator) -> Tensor:
+            exact = curves(count, generator)
+            return exact + noise * torch.randn(exact.shape, dtype=exact.dtype, generator=generator)
 
-    Returns:
-        The problem: inputs (N, 2); the targets are the inputs again, which the loss does not look at.
+        def drawn(seed: int) -> Problem:
+            generator = data_generator(seed)
+            train, test = standardise(draw(points, generator), draw(_TESTED, generator))
+            return Problem(
+                name=name,
+                make_model=seeded(model),
+                train=(train, train),
+                test=(test, test),
+                criterion=FlowNLL(),
+                batch_size=batch_size,
+                dtype=torch.float64,
+                test_metric=nll,
+                targets=targets,
+                description=f"two {name} in the plane, continuous normalizing flow, negative log-likelihood",
+                redraw=drawn,
+            )
 
-    Raises:
-        SpecError: If an option makes no sense.
-    """
-    spread = _positive("moons", "noise", noise)
+        return drawn(0)
 
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        angle, lower = _turn(count, generator) / 2, (torch.arange(count) % 2).to(torch.float64)
-        upper = _ring(angle, torch.ones_like(angle))
-        other = upper.new_tensor([1.0, 0.5]) - upper
-        return torch.lerp(upper, other, lower[:, None]) + spread * _normal(count, generator)
+    problem.__doc__ = f"""Density of two {name} in the plane: normalizing flow, tanh field 2-24-24-2, all rows, float64.
 
-    block = {"steps": steps, "adjoint": adjoint, "learn_t1": learn_t1, "penalty": penalty}
-    model = _flow("moons", 2, width, depth, trace, solver, tolerance, **block)
-    return _planar("moons", draw, points, model, batch_size, (2.0, 1.5))
+    {about}, standardised. The loss is the negative log-likelihood in nats per point. The seed draws the points.
+{_OPTIONS}"""
+    return problem
+
+
+def _turn(count: int, generator: torch.Generator) -> Tensor:
+    return 2 * math.pi * torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def _ring(angle: Tensor, radius: Tensor) -> Tensor:
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def _circles(count: int, generator: torch.Generator) -> Tensor:
+    return _ring(_turn(count, generator), 1.0 + (torch.arange(count) % 2))
+
+
+def _moons(count: int, generator: torch.Generator) -> Tensor:
+    angle, lower = _turn(count, generator) / 2, (torch.arange(count) % 2).to(torch.float64)
+    upper = _ring(angle, torch.ones_like(angle))
+    return torch.lerp(upper, upper.new_tensor([1.0, 0.5]) - upper, lower[:, None])
+
+
+circles = _planar("circles", "Radii 1 and 2", _circles, (2.0, 1.6))
+moons = _planar("moons", "Half circles of radius 1 that reach into each other", _moons, (2.0, 1.5))
 
 
 @register("miniboone")
@@ -186,36 +184,6 @@ def miniboone(
     )
 
 
-def _planar(
-    name: str,
-    draw: Callable[[int, torch.Generator], Tensor],
-    points: int,
-    model: Callable[[], nn.Module],
-    batch_size: int | None,
-    targets: tuple[float, ...],
-) -> Problem:
-    at_least(name, "points", points)
-
-    def drawn(seed: int) -> Problem:
-        generator = data_generator(seed)
-        train, test = standardise(draw(points, generator), draw(_TESTED, generator))
-        return Problem(
-            name=name,
-            make_model=seeded(model),
-            train=(train, train),
-            test=(test, test),
-            criterion=FlowNLL(),
-            batch_size=batch_size,
-            dtype=torch.float64,
-            test_metric=nll,
-            targets=targets,
-            description=f"two {name} in the plane, continuous normalizing flow, negative log-likelihood",
-            redraw=drawn,
-        )
-
-    return drawn(0)
-
-
 def _flow(
     owner: str, size: int, width: int, depth: int, trace: Trace, solver: str, tolerance: float, **block: Any
 ) -> Callable[[], nn.Module]:
@@ -229,24 +197,6 @@ def _flow(
         return NormalizingFlow(ode_block(owner, field, solver, tolerance, **block), trace == "hutchinson")
 
     return model
-
-
-def _positive(owner: str, option: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise SpecError(f"{option} of {owner} is {value}; give a positive number.")
-    return value
-
-
-def _turn(count: int, generator: torch.Generator) -> Tensor:
-    return 2 * math.pi * torch.rand(count, dtype=torch.float64, generator=generator)
-
-
-def _ring(angle: Tensor, radius: Tensor) -> Tensor:
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-
-
-def _normal(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, 2, dtype=torch.float64, generator=generator)
 
 
 def _read(path: Path) -> Tensor:
